@@ -1,0 +1,37 @@
+"""qconvert: pretrained video and volumetric PyTorch models to binary and low-bit ones.
+
+>>> import qconvert
+>>> model = qconvert.binarize(model, "default")  # prints what it does to parameter bits and FLOPs
+"""
+
+from .errors import InputError, ModelError, QConvertError, QuantizerError, RuleError
+from .layers import QActivation, QConv3d, QConv3d_NoAct
+from .pipeline import binarize, plan
+from .report import Profile, Report, compare, profile
+from .rules import Plan, Rules, bundled_rules, load_rules
+from .trace import Traced, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "ModelError",
+    "Plan",
+    "Profile",
+    "QActivation",
+    "QConv3d",
+    "QConv3d_NoAct",
+    "QConvertError",
+    "QuantizerError",
+    "Report",
+    "RuleError",
+    "Rules",
+    "Traced",
+    "binarize",
+    "bundled_rules",
+    "compare",
+    "load_rules",
+    "plan",
+    "profile",
+    "trace",
+]

@@ -1,0 +1,33 @@
+"""The errors that qconvert raises on purpose, and the one helper that words a suggestion.
+
+Every message says what went wrong, where, what was seen, and what to do about it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class QConvertError(Exception):
+    """Base of every error that qconvert raises on purpose."""
+
+
+class RuleError(QConvertError, ValueError):
+    """A rule file cannot be read, or a rule in it selects nothing or asks for something impossible."""
+
+
+class QuantizerError(QConvertError, ValueError):
+    """A quantizer of that name does not exist, or does not take these settings."""
+
+
+class ModelError(QConvertError, ValueError):
+    """The model cannot be converted, loaded or built."""
+
+
+class InputError(QConvertError, ValueError):
+    """The model does not run on the example input."""
+
+
+def did_you_mean(seen: str, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the name nearest to ``seen``, or ``""`` where none is near."""
+    nearest = difflib.get_close_matches(seen, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

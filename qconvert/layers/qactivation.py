@@ -1,0 +1,78 @@
+"""`QActivation`: the input side of a quantized layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QuantizerError
+from ..quantizations import Quantization, quantizer
+from ..quantizations.operators import elementwise_operator
+
+
+def _gradient_window(x: Tensor, threshold: float) -> Tensor:
+    return x.clone()
+
+
+def _inside(grad_output: Tensor, x: Tensor, threshold: float) -> Tensor:
+    return torch.where(torch.abs(x) <= threshold, grad_output, 0.0)
+
+
+gradient_window = elementwise_operator("gradient_window", _gradient_window, _inside)
+
+
+class QActivation(nn.Module):
+    """Quantize an input, channel by channel shifted, with a window on its gradient.
+
+    Forward: ``y = Q(x - threshold)`` (threshold per channel, 0 where there is none).
+    Gradient: that of Q where ``|x - threshold| <= gradient_cancellation_threshold``, else 0.
+
+    Shapes: input and output (N, C, D, H, W) or (C, D, H, W).
+
+    The learnable per-channel threshold is ReActNet's RSign (Liu et al. 2020, https://arxiv.org/abs/2003.03488); the window
+    is that of Binarized Neural Networks (Hubara et al. 2016, https://arxiv.org/abs/1602.02830).
+
+    Args:
+        activation: quantizer, by name or as a module.
+        gradient_cancellation_threshold: half-width of the window; None or 0 is off.
+        threshold: start of the per-channel thresholds, shape (C,); None is no threshold.
+
+    Raises:
+        QuantizerError: for an unknown quantizer or a negative window.
+    """
+
+    threshold: nn.Parameter | None
+
+    def __init__(
+        self,
+        activation: str | Quantization = "sign",
+        gradient_cancellation_threshold: float | None = 1.0,
+        *,
+        threshold: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if gradient_cancellation_threshold is not None and not gradient_cancellation_threshold >= 0:
+            raise QuantizerError(
+                "gradient_cancellation_threshold must be None (off), 0 (off) or above 0, "
+                f"got {gradient_cancellation_threshold!r}"
+            )
+        self.activation_function = quantizer(activation)
+        self.gradient_cancellation_threshold = gradient_cancellation_threshold
+        self.register_parameter("threshold", None if threshold is None else nn.Parameter(threshold))
+
+    def forward(self, input_tensor: Tensor) -> Tensor:
+        """Return the quantized input."""
+        x = input_tensor
+        if self.threshold is not None:
+            x = x - self.threshold.view(-1, 1, 1, 1)
+        if self.gradient_cancellation_threshold is not None and self.gradient_cancellation_threshold > 0:
+            x = gradient_window(x, float(self.gradient_cancellation_threshold))
+        quantized: Tensor = self.activation_function(x)
+        return quantized
+
+    def extra_repr(self) -> str:
+        """Show the window and whether there are thresholds."""
+        settings: dict[str, Any] = {"gradient_cancellation_threshold": self.gradient_cancellation_threshold}
+        if self.threshold is not None:
+            settings["threshold"] = "per channel"
+        return ", ".join(f"{key}={value}" for key, value in settings.items())

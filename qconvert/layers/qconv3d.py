@@ -1,0 +1,298 @@
+"""`QConv3d` and `QConv3d_NoAct`: 3D convolution with quantized weights and inputs."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from torch import Tensor, nn
+from torch.nn.common_types import _size_3_t
+
+from ..errors import ModelError, QuantizerError
+from ..quantizations import Identity, Quantization, quantizer
+from .qactivation import QActivation
+from .subclass import quantized_class
+
+
+def conv3d(
+    input: Tensor,  # noqa: A002 (the name in F.conv3d)
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _size_3_t = 1,
+    padding: str | _size_3_t = 0,
+    dilation: _size_3_t = 1,
+    groups: int = 1,
+    *,
+    pad_value: float = 0.0,
+) -> Tensor:
+    """Convolve like `torch.nn.functional.conv3d`, padding with ``pad_value``.
+
+    Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (O, C / groups, kD, kH, kW), output (N, O, D', H', W').
+    Where ``pad_value`` is 0 the convolution's own padding is used and nothing is copied.
+    """
+    if pad_value != 0.0:
+        input = F.pad(input, _padding_amounts(padding, weight, dilation), value=pad_value)  # noqa: A001
+        padding = 0
+    return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _padding_amounts(padding: str | _size_3_t, weight: Tensor, dilation: _size_3_t) -> list[int]:
+    """Return (left W, right W, left H, right H, left D, right D), the order of F.pad, in values."""
+    if padding == "valid":
+        return [0] * 6
+    if padding == "same":
+        steps = (dilation,) * 3 if isinstance(dilation, int) else dilation
+        totals = [step * (size - 1) for step, size in zip(steps, weight.shape[-3:], strict=True)]
+        # an even kernel takes the odd value on the right, as torch does
+        return [amount for total in reversed(totals) for amount in (total // 2, total - total // 2)]
+    sizes = (padding,) * 3 if isinstance(padding, int) else padding
+    return [int(size) for size in reversed(sizes) for _ in range(2)]
+
+
+class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
+    """3D convolution with quantized weights; its input is taken as it comes.
+
+    Forward: ``y = scale * conv3d(pad(x), Q_w(weight)) + bias``, scale and bias per output channel, both in float and after
+    the convolution. Gradient: that of the convolution, times that of Q_w for the latent weight.
+
+    Shapes: as `torch.nn.Conv3d`: (N, C, D, H, W) or (C, D, H, W) in, (N, O, D', H', W') or (O, D', H', W') out.
+
+    Padding: with ``padding_mode="zeros"`` the border is filled with ``pad_value``; where that is 0 the convolution's own
+    padding is used. The other padding modes and ``padding="same"`` mean what they mean in torch.
+
+    Semantics of bitorch's layer of that name (https://github.com/hpi-xnor/bitorch); docs/semantics.md lists the
+    differences. The scale is XNOR-Net's (Rastegari et al. 2016, https://arxiv.org/abs/1603.05279): it starts at the
+    least-squares fit of ``scale * Q_w(weight)`` to the weight, which for the sign is mean |weight|, and is learned.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as Conv3d.
+        bias: as Conv3d, but off by default.
+        weight_quantization: quantizer of the weight, by name or as a module.
+        pad_value: value of the border; None is -1, the value of a binary input that has a 1-bit code.
+        scale: ``"channel"`` for a learned factor per output channel, None for none.
+
+    Raises:
+        QuantizerError: for an unknown quantizer or scale.
+    """
+
+    scale: nn.Parameter | None
+    _default_pad_value = -1.0
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_3_t,
+        stride: _size_3_t = 1,
+        padding: str | _size_3_t = 0,
+        dilation: _size_3_t = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight_quantization: str | Quantization = "sign",
+        pad_value: float | None = None,
+        scale: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]  # a Literal in torch's stubs
+            device,
+            dtype,
+        )
+        self._quantize_weights(weight_quantization, pad_value, scale)
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv3d, **settings: Any) -> Self:
+        """Return the layer that quantizes ``conv``: the same Parameters, buffers, hooks and attributes, nothing copied.
+
+        Args:
+            conv: a Conv3d, or an instance of a subclass, whose class the result then derives from as well.
+            settings: the keyword-only arguments of the constructor.
+
+        Raises:
+            ModelError: if ``conv`` is no Conv3d or has no weight yet.
+            QuantizerError: as the constructor.
+        """
+        if not isinstance(conv, nn.Conv3d):
+            raise ModelError(f"from_float takes a Conv3d, got {type(conv).__name__}")
+        if isinstance(conv.weight, nn.UninitializedParameter):
+            raise ModelError(f"this {type(conv).__name__} has no weight yet: run the model once before converting it")
+        if not isinstance(conv, QConv3d_NoAct):
+            cls = quantized_class(type(conv), cls)  # type: ignore[assignment]
+        layer = cls.__new__(cls)
+        # a module's state is its __dict__; its own dicts (parameters, hooks, ...) must not be shared with the old layer
+        layer.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in vars(conv).items()})
+        layer._quantize(**settings)
+        return layer
+
+    def _quantize(
+        self,
+        *,
+        weight_quantization: str | Quantization = "sign",
+        pad_value: float | None = None,
+        scale: str | None = None,
+    ) -> None:
+        self._quantize_weights(weight_quantization, pad_value, scale)
+
+    def _quantize_weights(self, quantization: str | Quantization, pad_value: float | None, scale: str | None) -> None:
+        if scale not in (None, "channel"):
+            raise QuantizerError(f'scale must be "channel" or None, got {scale!r}')
+        self._weight_quantize = quantizer(quantization)
+        self._weight_quantize.start_from(self.weight)
+        self.pad_value = self._default_pad_value if pad_value is None else float(pad_value)
+        self.register_parameter("scale", None if scale is None else nn.Parameter(self._fitted_scale()))
+
+    @torch.no_grad()
+    def _fitted_scale(self) -> Tensor:
+        """Return the factor per output channel, shape (O,), that brings ``Q_w(weight)`` nearest to the weight."""
+        quantized = self._weight_quantize(self.weight)
+        dot = (self.weight * quantized).flatten(1).sum(1)
+        square = (quantized * quantized).flatten(1).sum(1)
+        return torch.where(square > 0, dot / square, 1.0)
+
+    def reset_parameters(self) -> None:
+        """Start the weight anew (Xavier normal), and what depends on it."""
+        nn.init.xavier_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if hasattr(self, "_weight_quantize"):  # not yet while Conv3d's constructor runs
+            self._weight_quantize.start_from(self.weight)
+            if self.scale is not None:
+                self.scale.data.copy_(self._fitted_scale())
+
+    def _apply_padding(self, x: Tensor) -> Tensor:
+        """Return ``x`` with its border, as the convolution sees it."""
+        if self.padding_mode != "zeros":
+            return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return F.pad(x, _padding_amounts(self.padding, self.weight, self.dilation), value=self.pad_value)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
+        # here, not in forward: a subclass may end in super().forward(x) or in self._conv_forward(x, weight, bias)
+        quantized = self._weight_quantize(weight)
+        # with float weights there is no exact integer sum to keep apart from the bias: leave it to the convolution
+        inner_bias = bias if isinstance(self._weight_quantize, Identity) and self.scale is None else None
+        padding: str | _size_3_t = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = self._apply_padding(input), 0  # noqa: A001
+        output = conv3d(
+            input, quantized, inner_bias, self.stride, padding, self.dilation, self.groups, pad_value=self.pad_value
+        )
+        if self.scale is not None:
+            output = output * self.scale.view(-1, 1, 1, 1)
+        if bias is not None and inner_bias is None:
+            output = output + bias.view(-1, 1, 1, 1)
+        return output
+
+    def extra_repr(self) -> str:
+        """Show Conv3d's arguments, the border value and the scale."""
+        scale = "" if self.scale is None else ", scale=per channel"
+        return f"{super().extra_repr()}, pad_value={self.pad_value:g}{scale}"
+
+
+class QConv3d(QConv3d_NoAct):
+    """3D convolution with quantized weights and inputs.
+
+    Forward: ``y = scale * conv3d(pad(Q_in(x - threshold)), Q_w(weight)) + bias``. The border is added after the input
+    quantizer, so a binary layer pads with -1 (a value that has a 1-bit code) and any other with 0.
+    Gradient: to the input that of Q_in where ``|x - threshold| <= gradient_cancellation_threshold``, else 0; to the latent
+    weight that of Q_w.
+
+    Shapes: as `torch.nn.Conv3d`: (N, C, D, H, W) or (C, D, H, W) in, (N, O, D', H', W') or (O, D', H', W') out.
+
+    Cost of a binary layer: 1 bit per weight; its multiply-accumulates are XNOR and popcount.
+
+    Semantics of bitorch's layer of that name (https://github.com/hpi-xnor/bitorch); docs/semantics.md lists the differences.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as Conv3d.
+        bias: as Conv3d, but off by default.
+        input_quantization: quantizer of the input, by name or as a module.
+        weight_quantization: quantizer of the weight, by name or as a module.
+        gradient_cancellation_threshold: half-width of the window in which the input gradient passes; None or 0 is off.
+        pad_value: value of the border; None is -1 for a 1-bit input quantizer and 0 for any other.
+        threshold: what is taken off the input before it is quantized, learned per input channel: its start as a number
+            or a tensor of shape (C,). None is no threshold.
+        scale: ``"channel"`` for a learned factor per output channel, None for none.
+
+    Raises:
+        QuantizerError: for an unknown quantizer, a negative window, or an unknown scale.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_3_t,
+        stride: _size_3_t = 1,
+        padding: str | _size_3_t = 0,
+        dilation: _size_3_t = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        input_quantization: str | Quantization = "sign",
+        weight_quantization: str | Quantization = "sign",
+        gradient_cancellation_threshold: float | None = 1.0,
+        pad_value: float | None = None,
+        threshold: float | Tensor | None = None,
+        scale: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            weight_quantization=weight_quantization,
+            pad_value=pad_value,
+            scale=scale,
+        )
+        self._quantize_inputs(input_quantization, gradient_cancellation_threshold, threshold, pad_value)
+
+    def _quantize(
+        self,
+        *,
+        input_quantization: str | Quantization = "sign",
+        weight_quantization: str | Quantization = "sign",
+        gradient_cancellation_threshold: float | None = 1.0,
+        pad_value: float | None = None,
+        threshold: float | Tensor | None = None,
+        scale: str | None = None,
+    ) -> None:
+        self._quantize_weights(weight_quantization, pad_value, scale)
+        self._quantize_inputs(input_quantization, gradient_cancellation_threshold, threshold, pad_value)
+
+    def _quantize_inputs(
+        self,
+        quantization: str | Quantization,
+        window: float | None,
+        threshold: float | Tensor | None,
+        pad_value: float | None,
+    ) -> None:
+        placed = {"device": self.weight.device, "dtype": self.weight.dtype}
+        if threshold is not None:
+            start = torch.as_tensor(threshold, **placed)
+            threshold = start.expand(self.in_channels).clone()
+        self.activation = QActivation(quantization, window, threshold=threshold).to(**placed)
+        if pad_value is None and self.activation.activation_function.bit_width != 1:
+            self.pad_value = 0.0
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
+        return super()._conv_forward(self.activation(input), weight, bias)

@@ -1,0 +1,36 @@
+"""`ApproxSign`: sign with the triangular gradient of Bi-Real Net."""
+
+import torch
+from torch import Tensor
+
+from .base import Quantization
+from .operators import elementwise_operator
+from .sign import binary
+
+
+def _approx_sign(x: Tensor) -> Tensor:
+    return binary(x)
+
+
+def _triangle(grad_output: Tensor, x: Tensor) -> Tensor:
+    magnitude = torch.abs(x)
+    return (2.0 - 2.0 * magnitude) * (magnitude <= 1) * grad_output
+
+
+approx_sign = elementwise_operator("approx_sign", _approx_sign, _triangle)
+
+
+class ApproxSign(Quantization):
+    """Sign whose gradient is that of a piecewise quadratic curve.
+
+    Forward: ``y = -1 if x < 0 else +1``. Gradient: ``dy/dx = 2 - 2|x|`` where ``|x| <= 1``, else 0.
+
+    Liu et al. 2018, Bi-Real Net, https://arxiv.org/abs/1808.00278.
+    """
+
+    name = "approxsign"
+    bit_width = 1
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return the sign of ``x``."""
+        return approx_sign(x)

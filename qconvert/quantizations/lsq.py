@@ -1,0 +1,85 @@
+"""`LSQ`: k-bit uniform quantizer whose step size is learned."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QuantizerError
+from .base import Quantization, check_bits
+
+
+@torch.library.custom_op("qconvert::lsq", mutates_args=())
+def lsq(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+    """Round ``x / step`` to the integers ``lowest .. highest`` and scale back. ``step`` is a 0-d tensor."""
+    return torch.round(torch.clamp(x / step, lowest, highest)) * step
+
+
+@lsq.register_fake
+def _(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, step, ctx.lowest, ctx.highest = inputs
+    ctx.save_for_backward(x, step)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, step = ctx.saved_tensors
+    scaled = x / step
+    inside = (scaled > ctx.lowest) & (scaled < ctx.highest)
+    clamped = torch.clamp(scaled, ctx.lowest, ctx.highest)
+    step_gradient = torch.where(inside, torch.round(clamped) - scaled, clamped)
+    # Esser et al., section 2.2: keeps the step's update in proportion to the weights' updates
+    gradient_scale = 1.0 / math.sqrt(max(x.numel(), 1) * ctx.highest)
+    return grad_output * inside, (grad_output * step_gradient).sum() * gradient_scale, None, None
+
+
+lsq.register_autograd(_backward, setup_context=_keep)
+
+
+class LSQ(Quantization):
+    """Learned step size quantization, for weights and inputs.
+
+    Forward, s = step, n .. p the integer range: ``y = s * round(clamp(x / s, n, p))``, with n = -2**(bits-1),
+    p = 2**(bits-1) - 1 if signed, else n = 0, p = 2**bits - 1.
+    Gradient: ``dy/dx = 1`` where ``n < x/s < p``, else 0; ``dy/ds = round(x/s) - x/s`` there, else n or p,
+    times ``1 / sqrt(numel(x) * p)``.
+
+    Esser et al. 2020, Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
+
+    The step starts at ``2 mean|x| / sqrt(p)`` of the weights; for inputs, which are not known when the layer is built, at
+    that formula's value for a standard normal, which is what a BatchNorm hands on.
+
+    Args:
+        bits: k, 2 to 16 (1 to 16 if unsigned).
+        signed: whether negative values have codes.
+
+    Raises:
+        QuantizerError: if ``bits`` is out of range.
+    """
+
+    name = "lsq"
+    bit_width = 4
+
+    def __init__(self, bits: int = 4, signed: bool = True) -> None:
+        super().__init__()
+        if not isinstance(signed, bool):
+            raise QuantizerError(f"lsq: signed must be true or false, got {signed!r}")
+        self.bit_width = check_bits(bits, self.name, lowest=2 if signed else 1)
+        self.signed = signed
+        self.lowest = -(2 ** (bits - 1)) if signed else 0
+        self.highest = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        mean_magnitude_of_standard_normal = math.sqrt(2 / math.pi)
+        self.step = nn.Parameter(torch.tensor(2 * mean_magnitude_of_standard_normal / math.sqrt(self.highest)))
+
+    def start_from(self, weight: Tensor) -> None:
+        """Set the step to ``2 mean|weight| / sqrt(p)``; weights that are all 0 leave it as it is."""
+        step = 2 * weight.detach().abs().mean() / math.sqrt(self.highest)
+        self.step = nn.Parameter(torch.where(step > 0, step, self.step.detach().to(step)))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the multiples of the step."""
+        return lsq(x, self.step.to(x.dtype), self.lowest, self.highest)

@@ -1,0 +1,53 @@
+"""The quantizers' arithmetic as registered operators (`torch.ops.qconvert.*`).
+
+Why operators: torch.fx looks into a plain `autograd.Function` and records only what its forward computes, so a model that
+is traced again silently loses the gradient of its latent weights. An operator is one opaque node with its autograd
+formula attached, for torch.fx, torch.compile and torch.export alike.
+
+Every operator maps a tensor to one of the same shape, dtype and memory format.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+
+def elementwise_operator(
+    name: str,
+    forward: Callable[..., Tensor],
+    gradient: Callable[..., Tensor] | None = None,
+) -> CustomOpDef:
+    """Register ``forward(x, *settings)`` with its gradient under the name ``qconvert::name``.
+
+    Args:
+        name: the operator's name.
+        forward: the arithmetic, with type annotations; ``settings`` are numbers.
+        gradient: ``gradient(grad_output, x, *settings)``. None is the plain straight-through estimator, dy/dx = 1
+            (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), which keeps nothing for the backward pass.
+    """
+    operator = torch.library.custom_op(f"qconvert::{name}", forward, mutates_args=())
+
+    def fake(x: Tensor, *settings: float) -> Tensor:
+        return torch.empty_like(x)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *ctx.settings = inputs
+        if gradient is not None:
+            ctx.save_for_backward(x)
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        numbers = (None,) * len(ctx.settings)
+        if gradient is None:
+            return grad_output, *numbers
+        return gradient(grad_output, *ctx.saved_tensors, *ctx.settings), *numbers
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *settings: float) -> tuple[Tensor, int | None]:
+        return operator(x, *settings), in_dims[0]
+
+    operator.register_fake(fake)
+    operator.register_autograd(backward, setup_context=keep)
+    operator.register_vmap(vmap)
+    return operator

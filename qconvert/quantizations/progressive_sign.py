@@ -1,0 +1,74 @@
+"""`ProgressiveSign`: a ramp that becomes a sign while training goes on."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from torch import Tensor
+
+from ..errors import QuantizerError
+from .base import Quantization
+from .operators import elementwise_operator
+from .sign import sign
+
+EPSILON = 1e-7
+"""Narrowest half-width of the ramp: at temperature 1 the division stays finite."""
+
+
+def _ramp(x: Tensor, half_width: float) -> Tensor:
+    return F.hardtanh(x / half_width)
+
+
+ramp = elementwise_operator("ramp", _ramp)
+
+
+class ProgressiveSign(Quantization):
+    """Ramp of shrinking width in training, sign in evaluation.
+
+    Forward in training: ``y = clamp(x / max(1 - t, 1e-7), -1, 1)`` with temperature ``t = 1 - alpha ** (-beta * scale)``;
+    in evaluation ``y = -1 if x < 0 else +1``. Gradient: ``dy/dx = 1``.
+
+    From bitorch (https://github.com/hpi-xnor/bitorch). There the scale is by default one global variable of the process;
+    here it belongs to the quantizer and is set by whoever trains: ``quantizer.scale = epoch / epochs``.
+
+    Args:
+        use_global_scaling: taken for bitorch's sake; there is no global scale here, so it changes nothing.
+        initial_scale: progress at the start, 0 (widest ramp) to 1 (practically a sign).
+        custom_transform: another map from scale to temperature.
+        alpha: base of the default transform, > 0.
+        beta: factor of the default transform's exponent.
+
+    Raises:
+        QuantizerError: if ``alpha`` is not above 0.
+    """
+
+    name = "progressive_sign"
+    bit_width = 1
+
+    def __init__(
+        self,
+        use_global_scaling: bool = True,
+        initial_scale: float = 0.0,
+        custom_transform: Callable[[float], float] | None = None,
+        alpha: float = 4,
+        beta: float = 10,
+    ) -> None:
+        super().__init__()
+        if not alpha > 0:
+            raise QuantizerError(f"progressive_sign: alpha must be above 0, got {alpha!r}")
+        self.scale = initial_scale
+        self.custom_transform = custom_transform
+        self.alpha = alpha
+        self.beta = beta
+
+    @property
+    def temperature(self) -> float:
+        """Temperature that belongs to the present scale."""
+        if self.custom_transform is not None:
+            return self.custom_transform(self.scale)
+        return float(1 - self.alpha ** (-self.beta * self.scale))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return the ramp of ``x`` in training, its sign in evaluation."""
+        if self.training:
+            return ramp(x, max(1.0 - self.temperature, EPSILON))
+        return sign(x)

@@ -1,0 +1,37 @@
+"""`Sign`: one bit, plain straight-through gradient."""
+
+import torch
+from torch import Tensor
+
+from .base import Quantization
+from .operators import elementwise_operator
+
+
+def binary(x: Tensor) -> Tensor:
+    """Return -1 where x < 0 and +1 elsewhere (0, -0.0 and NaN too), in the dtype of ``x``."""
+    one = torch.ones((), dtype=x.dtype, device=x.device)
+    return torch.where(x < 0, -one, one)
+
+
+def _sign(x: Tensor) -> Tensor:
+    return binary(x)
+
+
+sign = elementwise_operator("sign", _sign)
+
+
+class Sign(Quantization):
+    """Sign that is never zero, with the straight-through estimator.
+
+    Forward: ``y = -1 if x < 0 else +1`` (so +1 at 0, at -0.0 and for NaN). Gradient: ``dy/dx = 1``.
+
+    Hubara et al. 2016, Binarized Neural Networks, https://arxiv.org/abs/1602.02830 (their window |x| <= 1 is the layer's
+    ``gradient_cancellation_threshold``).
+    """
+
+    name = "sign"
+    bit_width = 1
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return the sign of ``x``."""
+        return sign(x)

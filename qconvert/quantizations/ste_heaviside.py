@@ -1,0 +1,36 @@
+"""`SteHeaviside`: a step that is -1 at zero, with a windowed straight-through gradient."""
+
+import torch
+from torch import Tensor
+
+from .base import Quantization
+from .operators import elementwise_operator
+
+
+def _ste_heaviside(x: Tensor) -> Tensor:
+    one = torch.ones((), dtype=x.dtype, device=x.device)
+    return torch.where(x > 0, one, -one)
+
+
+def _window(grad_output: Tensor, x: Tensor) -> Tensor:
+    return grad_output * (torch.abs(x) <= 1)
+
+
+ste_heaviside = elementwise_operator("ste_heaviside", _ste_heaviside, _window)
+
+
+class SteHeaviside(Quantization):
+    """Step function with the straight-through estimator inside a window.
+
+    Forward: ``y = +1 if x > 0 else -1`` (so -1 at 0 and for NaN: the useful choice on ReLU outputs).
+    Gradient: ``dy/dx = 1`` where ``|x| <= 1``, else 0.
+
+    Hubara et al. 2016, Binarized Neural Networks, https://arxiv.org/abs/1602.02830 (eq. 4, without the threshold at 0).
+    """
+
+    name = "steheaviside"
+    bit_width = 1
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return +1 where ``x`` is positive, -1 elsewhere."""
+        return ste_heaviside(x)

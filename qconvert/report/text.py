@@ -1,0 +1,46 @@
+"""Tables as text: for a terminal, and for Markdown."""
+
+from tabulate import tabulate
+
+from .table import Cell, Table
+
+_PREFIXES = ("", " k", " M", " G", " T", " P")
+
+
+def si(number: float) -> str:
+    """Return a count with an SI prefix and two decimals: 1849688064 -> "1.85 G". Below 1000 it is exact."""
+    if abs(number) < 1000:
+        return f"{number:g}" if number == int(number) else f"{number:.2f}"
+    power = 0
+    while abs(number) >= 999.995 and power < len(_PREFIXES) - 1:
+        number /= 1000
+        power += 1
+    return f"{number:.2f}{_PREFIXES[power]}"
+
+
+def shown(cell: Cell) -> str:
+    """Return a cell as people read it; "-" for what is not known."""
+    if cell is None:
+        return "-"
+    if isinstance(cell, tuple):
+        return "x".join(map(str, cell))
+    return si(cell) if isinstance(cell, (int, float)) else cell
+
+
+def text_table(table: Table) -> str:
+    """Return the table for a terminal."""
+    return _tabulated(table.briefly(), "simple")
+
+
+def markdown_table(table: Table) -> str:
+    """Return the whole table in GitHub's Markdown."""
+    return _tabulated(table, "github")
+
+
+def _tabulated(table: Table, style: str) -> str:
+    numeric = {
+        column for column in range(len(table.headers)) if any(isinstance(row[column], (int, float)) for row in table.rows)
+    }
+    align = ["right" if column in numeric else "left" for column in range(len(table.headers))]
+    rows = [[shown(cell) for cell in row] for row in table.rows]
+    return tabulate(rows, table.headers, tablefmt=style, colalign=align if rows else None, disable_numparse=True)

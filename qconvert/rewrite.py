@@ -1,0 +1,108 @@
+"""Traced + Plan -> converted model: each layer that the plan names becomes a QConv3d, everything else stays.
+
+The module object itself becomes the new layer, so every reference to it (a second name, a plain list, a hook's closure)
+sees the conversion, and it keeps its Parameters.
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from .errors import QConvertError, QuantizerError, RuleError
+from .layers import QConv3d
+from .quantizations import Quantization, quantizer
+from .rules import Decision, Plan, Quantizer, Rules
+
+_PLAN_ATTRIBUTE = "_qconvert_plan"
+"""Where a converted model keeps its plan, for reports and files made from the model alone."""
+
+
+def check_quantizers(rules: Rules) -> None:
+    """Build every quantizer that the rules name.
+
+    Raises:
+        RuleError: naming the rule, if one does not exist or does not take its settings.
+    """
+    for label, rule in rules.rules:
+        for key in ("weight", "input"):
+            spec: Quantizer | None = getattr(rule, key)
+            if spec is not None:
+                try:
+                    build(spec)
+                except QuantizerError as error:
+                    raise RuleError(f"{label}: {key}: {error}") from error
+
+
+def build(spec: Quantizer) -> Quantization:
+    """Return a new quantizer of that name with those settings.
+
+    Raises:
+        QuantizerError: if it does not exist or does not take the settings.
+    """
+    return quantizer(spec.quantizer, **spec.settings)
+
+
+def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
+    """Convert the layers that the plan names, in place, and return the model.
+
+    If anything fails, the model is as it was.
+
+    Raises:
+        QConvertError: naming the layer that cannot be converted.
+    """
+    layers = [(model.get_submodule(decision.site.name), _new_layer(model, decision)) for decision in plan.converted]
+    with ExitStack() as undo:
+        for old, new in layers:
+            undo.callback(_restore, old, type(old), _state(old))
+            _become(old, new)
+        undo.pop_all()
+    vars(model)[_PLAN_ATTRIBUTE] = plan
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """Return the plan by which the model was converted, None if it was not."""
+    plan: Plan | None = vars(model).get(_PLAN_ATTRIBUTE)
+    return plan
+
+
+def _new_layer(model: nn.Module, decision: Decision) -> QConv3d:
+    conv = model.get_submodule(decision.site.name)
+    threshold = decision.input.threshold
+    try:
+        return QConv3d.from_float(
+            conv,  # type: ignore[arg-type]  # the trace found it to be a Conv3d
+            input_quantization=build(decision.input),
+            weight_quantization=build(decision.weight),
+            gradient_cancellation_threshold=decision.gradient_cancellation_threshold,
+            pad_value=decision.pad_value,
+            threshold=0.0 if threshold == "channel" else threshold,
+            scale=decision.weight.scale,
+        )
+    except QConvertError as error:
+        raise type(error)(f"layer {decision.site.name!r} ({decision.rule}): {error}") from error
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    return {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+
+
+def _become(old: nn.Module, new: nn.Module) -> None:
+    """Turn ``old`` into ``new``, which has its state and more."""
+    _restore(old, type(new), vars(new))
+
+
+def _restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
+    module.__class__ = cls
+    attributes = vars(module)
+    for key in attributes.keys() - state.keys():
+        del attributes[key]
+    for key, value in state.items():
+        present = attributes.get(key)
+        if isinstance(present, dict) and isinstance(value, dict):
+            # the same dict object: a hook's handle finds its hook there
+            present.clear()
+            present.update(value)
+        else:
+            attributes[key] = value

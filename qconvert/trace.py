@@ -1,0 +1,308 @@
+"""Model -> `Traced`: its regions as fx graphs, its convolutions as sites. The only file that knows torch.fx.Tracer.
+
+The graphs are for understanding; the user's own modules go on running (see rewrite.py). So a graph may be partial: where
+a forward cannot be traced, that module becomes one opaque node, and its children are traced on their own.
+"""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import ModelError
+from .layers import QConv3d_NoAct
+from .roles import RegionGraph, roles_of
+from .sites import CONV3D, Opaque, Site
+
+_FUNCTIONAL_CONV3D = {F.conv3d, torch.conv3d, torch.ops.aten.conv3d.default, torch.ops.aten.conv3d}
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model that torch.fx can follow as a whole.
+
+    Attributes:
+        name: dotted name of the module ("" for the whole model).
+        module: the user's module.
+        graph: its forward as a graph, in which every Conv3d, and every opaque module, is one node.
+    """
+
+    name: str
+    module: nn.Module
+    graph: fx.Graph
+
+    @cached_property
+    def graph_module(self) -> fx.GraphModule:
+        """The region as a module that runs; it shares the user's layers and Parameters."""
+        if isinstance(self.module, nn.Conv3d):  # fx runs a graph's nodes on a module that holds them
+            return fx.GraphModule({"conv": self.module}, self.graph)
+        return fx.GraphModule(self.module, self.graph)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What is known about a model.
+
+    Attributes:
+        model: the model, unwrapped from DataParallel, DDP or torch.compile.
+        regions: the traced parts; one named "" where the whole model can be traced.
+        opaque: the modules around the regions that cannot, and why.
+        sites: every Conv3d, transposed and functional 3D convolution, in the order in which the modules are registered.
+    """
+
+    model: nn.Module
+    regions: tuple[Region, ...]
+    opaque: tuple[Opaque, ...]
+    sites: tuple[Site, ...]
+
+    @property
+    def graph_modules(self) -> dict[str, fx.GraphModule]:
+        """The traced regions as GraphModules, by dotted name, for fx passes of the caller's own."""
+        return {region.name: region.graph_module for region in self.regions}
+
+
+def trace(model: nn.Module) -> Traced:
+    """Find every convolution of the model and the graph around it. The model is not changed and not run.
+
+    Raises:
+        ModelError: if ``model`` is no module, or a ScriptModule (which has no Python forward to trace or to keep).
+    """
+    model = unwrapped(model)
+    # what a forward does to Python state while it is traced (caches, counters) happens to a copy that shares the tensors
+    graphs, opaque = _Regions(structural_copy(model)).trace()
+    modules = dict(model.named_modules())
+    regions = tuple(Region(name, modules[name], graph) for name, graph in graphs.items())
+    return Traced(model, regions, tuple(opaque), tuple(_sites(model, graphs)))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's model inside DataParallel, DistributedDataParallel or torch.compile's wrapper.
+
+    Raises:
+        ModelError: if ``model`` is no module that can be converted.
+    """
+    while isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod  # type: ignore[assignment]
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "a ScriptModule has no Python forward: convert the model before torch.jit.script or torch.jit.trace"
+        )
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the module tree and its Python state that shares every tensor of the model.
+
+    Raises:
+        ModelError: if the model holds something that copy.deepcopy cannot copy.
+    """
+    shared = {
+        id(tensor): tensor
+        for module in model.modules()
+        for owner in (module._parameters, module._buffers, vars(module))
+        for tensor in owner.values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    return copied(model, shared)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return ``copy.deepcopy(model, memo)``.
+
+    Raises:
+        ModelError: with the cause, if the model holds something that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        message = f"copy.deepcopy({type(model).__name__}) fails: {type(error).__name__}: {error}"
+        raise ModelError(f"{message}. Remove what cannot be copied from the model before the conversion") from error
+
+
+class _Tracer(fx.Tracer):
+    """Keeps every Conv3d whole, and turns a submodule whose forward cannot be traced into one node."""
+
+    # buffers as proxies: else `self.calls += 1` in a forward would count the trace itself
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: dict[str, Opaque] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # subclasses too: by default fx walks into Conv3DSimple(nn.Conv3d), and the module is gone
+        return isinstance(m, nn.Conv3d) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            return super().call_module(m, forward, args, kwargs)
+        nodes_before = len(self.graph.nodes)
+        # new containers: a forward may write into the list it is given before it fails
+        args_before, kwargs_before = pytree.tree_map(lambda value: value, (args, kwargs))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:  # noqa: BLE001 (a user's forward may raise anything; the reason is reported)
+            self.failures = {inner: why for inner, why in self.failures.items() if not inner.startswith(f"{name}.")}
+            self.failures[name] = _opaque(name, m, error)
+            for node in reversed(list(self.graph.nodes)[nodes_before:]):
+                self.graph.erase_node(node)
+            return self.create_proxy("call_module", name, args_before, kwargs_before)
+
+
+class _Regions:
+    """The walk over a module tree that traces what can be traced."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.graphs: dict[str, fx.Graph] = {}
+        self.opaque: list[Opaque] = []
+
+    def trace(self) -> tuple[dict[str, fx.Graph], list[Opaque]]:
+        self._trace("", self.root)
+        return self.graphs, self.opaque
+
+    def _trace(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv3d):
+            self.graphs[name] = _graph_of_conv3d()
+            return
+        if not _holds_conv3d(module):
+            return
+        if type(module).forward is nn.Module.forward or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            self._trace_children(name, module)  # a container has no forward of its own
+            return
+        tracer = _Tracer()
+        try:
+            graph = tracer.trace(module, concrete_args=_defaults(module))
+        except Exception as error:  # noqa: BLE001 (a user's forward may raise anything; the reason is reported)
+            self.opaque.append(_opaque(name, module, error))
+            self._trace_children(name, module)
+            return
+        self.graphs[name] = graph
+        for inner_name, failure in tracer.failures.items():
+            inner = module.get_submodule(inner_name)
+            if _holds_conv3d(inner):
+                full_name = _joined(name, inner_name)
+                self.opaque.append(Opaque(full_name, failure.type, failure.reason))
+                self._trace_children(full_name, inner)
+
+    def _trace_children(self, name: str, module: nn.Module) -> None:
+        for child_name, child in module.named_children():
+            self._trace(_joined(name, child_name), child)
+
+
+def _graph_of_conv3d() -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(graph.call_module("conv", (graph.placeholder("input"),)))
+    return graph
+
+
+def _holds_conv3d(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Conv3d) for inner in module.modules())
+
+
+def _defaults(module: nn.Module) -> dict[str, Any] | None:
+    """Return the default arguments of the forward: what a caller who leaves them out gets, rather than a Proxy."""
+    parameters = inspect.signature(module.forward).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return defaults or None
+
+
+def _opaque(name: str, module: nn.Module, error: Exception) -> Opaque:
+    """Word the reason: the exception, and the innermost line of code outside torch."""
+    frames = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    outside = [(file, line) for file, line in frames if "torch" not in file.parts and file != Path(__file__)]
+    where = f" ({outside[-1][0].name}:{outside[-1][1]})" if outside else ""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return Opaque(name, type(module).__name__, f"{type(error).__name__}: {first_line}{where}")
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _sites(model: nn.Module, graphs: dict[str, fx.Graph]) -> Iterator[Site]:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    first_name = {alias: module_names[0] for module_names in names.values() for alias in module_names}
+    roles = roles_of(model, {name: RegionGraph(graph, name, first_name) for name, graph in graphs.items()})
+    for module, (name, *aliases) in names.items():
+        if isinstance(module, nn.Conv3d):
+            yield _conv3d_site(module, name, tuple(aliases), roles.get(name, frozenset()))
+        elif isinstance(module, nn.ConvTranspose3d):
+            yield _other_site(module, name, tuple(aliases))
+    for region, graph in graphs.items():
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target in _FUNCTIONAL_CONV3D:
+                yield Site(_joined(region, node.name), "function", kind="functional conv3d", blocker="not a module")
+
+
+def _conv3d_site(conv: nn.Conv3d, name: str, aliases: tuple[str, ...], roles: frozenset[str]) -> Site:
+    converted = isinstance(conv, QConv3d_NoAct)
+    return Site(
+        name,
+        type(conv).__name__,
+        CONV3D,
+        aliases,
+        conv.in_channels,
+        conv.out_channels,
+        conv.groups,
+        tuple(conv.kernel_size),
+        _parameters(conv),
+        roles,
+        None if converted else _blocker(conv),
+        converted,
+    )
+
+
+def _other_site(conv: nn.ConvTranspose3d, name: str, aliases: tuple[str, ...]) -> Site:
+    return Site(
+        name,
+        type(conv).__name__,
+        "ConvTranspose3d",
+        aliases,
+        conv.in_channels,
+        conv.out_channels,
+        conv.groups,
+        tuple(conv.kernel_size),
+        _parameters(conv),
+        blocker="not a Conv3d",
+    )
+
+
+def _parameters(module: nn.Module) -> int:
+    tensors = list(module.parameters())
+    return sum(0 if isinstance(p, nn.UninitializedParameter) else p.numel() for p in tensors)
+
+
+def _blocker(conv: nn.Conv3d) -> str | None:
+    """Return why this Conv3d cannot become a QConv3d, or None.
+
+    A subclass with a forward of its own is convertible if that forward ends in Conv3d's, as far as its code names it.
+    """
+    if isinstance(conv._parameters.get("weight"), nn.UninitializedParameter):
+        return "no weight yet (a lazy module): run the model once before converting it"
+    for cls in type(conv).__mro__[: type(conv).__mro__.index(nn.Conv3d)]:
+        for method in ("forward", "_conv_forward"):
+            function = vars(cls).get(method)
+            if function is not None and not _names_convolution(function):
+                return f"{cls.__name__}.{method} never reaches nn.Conv3d.forward"
+    return None
+
+
+def _names_convolution(function: Any) -> bool:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and not {"forward", "_conv_forward"}.isdisjoint(code.co_names)
