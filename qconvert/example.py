@@ -1,5 +1,6 @@
 """The example input that a rule file describes."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,6 @@ def example_input(description: Model, model: nn.Module) -> Any:
         return None
     parameter = next(model.parameters(), torch.empty(0))
     named = {"float": parameter.dtype, "uint8": torch.uint8, "int64": torch.int64}
-    placed = {"dtype": named[description.input_dtype], "device": parameter.device}
-    shapes = description.input_shape
-    if all(isinstance(size, int) for size in shapes):
-        return torch.zeros(shapes, **placed)
-    return [torch.zeros(shape, **placed) for shape in shapes]
+    blank = partial(torch.zeros, dtype=named[description.input_dtype], device=parameter.device)
+    shape = description.input_shape
+    return [blank(inner) for inner in shape] if isinstance(shape[0], list) else blank(shape)

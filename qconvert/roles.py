@@ -118,7 +118,7 @@ class _Flow:
 def _is_add(node: fx.Node) -> bool:
     adds = node.op == "call_function" and node.target in _ADD_FUNCTIONS
     adds = adds or (node.op == "call_method" and node.target in _ADD_METHODS)
-    return adds and len(node.all_input_nodes) == 2
+    return adds and len(node.all_input_nodes) == len(("left", "right"))
 
 
 def _prefixes(name: str) -> Iterator[str]:

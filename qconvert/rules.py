@@ -62,6 +62,9 @@ Triple = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotat
 Window = Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
 
 
+Size = Annotated[int, Field(ge=0)]
+
+
 class Rule(_Table):
     """One ``[[rule]]`` table: which layers it selects, and what it sets for them."""
 
@@ -129,8 +132,10 @@ class Model(_Table):
     """The ``[model]`` table: what the rules are for."""
 
     family: str | None = Field(None, description="Name of the model family.")
-    input_shape: list[int] | list[list[int]] | None = Field(
-        None, description="Shape of the example input used for FLOPs; a list of shapes for a model that takes a list."
+    input_shape: list[Size] | list[list[Size]] | None = Field(
+        None,
+        min_length=1,
+        description="Shape of the example input used for FLOPs; a list of shapes for a model that takes a list.",
     )
     input_dtype: Literal["float", "uint8", "int64"] = Field("float", description="dtype of the example input.")
 
@@ -260,7 +265,7 @@ def _validated(table: Mapping[str, Any], source: str) -> RuleFile:
 
 def _worded(detail: Mapping[str, Any], source: str) -> str:
     """Word one of pydantic's errors: file, rule, key, what was seen, what is allowed."""
-    place, *keys = detail["loc"] or ("",)
+    place, *keys = [*detail["loc"]] or [""]
     table: type[BaseModel] = RuleFile
     where = source
     if place == "rule" and keys and isinstance(keys[0], int):

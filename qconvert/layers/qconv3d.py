@@ -5,21 +5,23 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor, nn
-from torch.nn.common_types import _size_3_t
 
 from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
 from .qactivation import QActivation
 from .subclass import quantized_class
 
+Size = int | tuple[int, ...]
+"""A number for all of D, H, W, or one for each."""
+
 
 def conv3d(
     input: Tensor,  # noqa: A002 (the name in F.conv3d)
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: _size_3_t = 1,
-    padding: str | _size_3_t = 0,
-    dilation: _size_3_t = 1,
+    stride: Size = 1,
+    padding: str | Size = 0,
+    dilation: Size = 1,
     groups: int = 1,
     *,
     pad_value: float = 0.0,
@@ -35,17 +37,20 @@ def conv3d(
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _padding_amounts(padding: str | _size_3_t, weight: Tensor, dilation: _size_3_t) -> list[int]:
+def _padding_amounts(padding: str | Size, weight: Tensor, dilation: Size) -> list[int]:
     """Return (left W, right W, left H, right H, left D, right D), the order of F.pad, in values."""
     if padding == "valid":
         return [0] * 6
     if padding == "same":
-        steps = (dilation,) * 3 if isinstance(dilation, int) else dilation
-        totals = [step * (size - 1) for step, size in zip(steps, weight.shape[-3:], strict=True)]
+        totals = [step * (size - 1) for step, size in zip(_triple(dilation), weight.shape[-3:], strict=True)]
         # an even kernel takes the odd value on the right, as torch does
         return [amount for total in reversed(totals) for amount in (total // 2, total - total // 2)]
-    sizes = (padding,) * 3 if isinstance(padding, int) else padding
-    return [int(size) for size in reversed(sizes) for _ in range(2)]
+    sizes = _triple(padding)  # type: ignore[arg-type]  # no other words are valid
+    return [size for size in reversed(sizes) for _ in range(2)]
+
+
+def _triple(size: Size) -> tuple[int, ...]:
+    return (size,) * 3 if isinstance(size, int) else size
 
 
 class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
@@ -81,10 +86,10 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_3_t,
-        stride: _size_3_t = 1,
-        padding: str | _size_3_t = 0,
-        dilation: _size_3_t = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = False,
         padding_mode: str = "zeros",
@@ -98,10 +103,10 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         super().__init__(
             in_channels,
             out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
+            kernel_size,  # type: ignore[arg-type]
+            stride,  # type: ignore[arg-type]  # sizes of three, which mypy cannot know
+            padding,  # type: ignore[arg-type]
+            dilation,  # type: ignore[arg-type]
             groups,
             bias,
             padding_mode,  # type: ignore[arg-type]  # a Literal in torch's stubs
@@ -126,9 +131,8 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
             raise ModelError(f"from_float takes a Conv3d, got {type(conv).__name__}")
         if isinstance(conv.weight, nn.UninitializedParameter):
             raise ModelError(f"this {type(conv).__name__} has no weight yet: run the model once before converting it")
-        if not isinstance(conv, QConv3d_NoAct):
-            cls = quantized_class(type(conv), cls)  # type: ignore[assignment]
-        layer = cls.__new__(cls)
+        layer_class: type[Self] = quantized_class(type(conv), cls)
+        layer = layer_class.__new__(layer_class)
         # a module's state is its __dict__; its own dicts (parameters, hooks, ...) must not be shared with the old layer
         layer.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in vars(conv).items()})
         layer._quantize(**settings)
@@ -180,7 +184,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         quantized = self._weight_quantize(weight)
         # with float weights there is no exact integer sum to keep apart from the bias: leave it to the convolution
         inner_bias = bias if isinstance(self._weight_quantize, Identity) and self.scale is None else None
-        padding: str | _size_3_t = self.padding
+        padding: str | Size = self.padding
         if self.padding_mode != "zeros":
             input, padding = self._apply_padding(input), 0  # noqa: A001
         output = conv3d(
@@ -195,7 +199,8 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
     def extra_repr(self) -> str:
         """Show Conv3d's arguments, the border value and the scale."""
         scale = "" if self.scale is None else ", scale=per channel"
-        return f"{super().extra_repr()}, pad_value={self.pad_value:g}{scale}"
+        shape: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{shape}, pad_value={self.pad_value:g}{scale}"
 
 
 class QConv3d(QConv3d_NoAct):
@@ -231,10 +236,10 @@ class QConv3d(QConv3d_NoAct):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_3_t,
-        stride: _size_3_t = 1,
-        padding: str | _size_3_t = 0,
-        dilation: _size_3_t = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = False,
         padding_mode: str = "zeros",
@@ -286,11 +291,10 @@ class QConv3d(QConv3d_NoAct):
         threshold: float | Tensor | None,
         pad_value: float | None,
     ) -> None:
-        placed = {"device": self.weight.device, "dtype": self.weight.dtype}
+        device, dtype = self.weight.device, self.weight.dtype
         if threshold is not None:
-            start = torch.as_tensor(threshold, **placed)
-            threshold = start.expand(self.in_channels).clone()
-        self.activation = QActivation(quantization, window, threshold=threshold).to(**placed)
+            threshold = torch.as_tensor(threshold, device=device, dtype=dtype).expand(self.in_channels).clone()
+        self.activation = QActivation(quantization, window, threshold=threshold).to(device, dtype)
         if pad_value is None and self.activation.activation_function.bit_width != 1:
             self.pad_value = 0.0
 

@@ -82,4 +82,5 @@ class LSQ(Quantization):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return ``x`` on the multiples of the step."""
-        return lsq(x, self.step.to(x.dtype), self.lowest, self.highest)
+        quantized: Tensor = lsq(x, self.step.to(x.dtype), self.lowest, self.highest)
+        return quantized

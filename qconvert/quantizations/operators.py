@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 
 def elementwise_operator(
     name: str,
     forward: Callable[..., Tensor],
     gradient: Callable[..., Tensor] | None = None,
-) -> CustomOpDef:
+) -> Callable[..., Tensor]:
     """Register ``forward(x, *settings)`` with its gradient under the name ``qconvert::name``.
 
     Args:

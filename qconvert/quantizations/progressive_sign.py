@@ -46,7 +46,7 @@ class ProgressiveSign(Quantization):
 
     def __init__(
         self,
-        use_global_scaling: bool = True,
+        use_global_scaling: bool = True,  # noqa: ARG002
         initial_scale: float = 0.0,
         custom_transform: Callable[[float], float] | None = None,
         alpha: float = 4,

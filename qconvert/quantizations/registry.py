@@ -72,7 +72,7 @@ def quantizer(quantization: str | Quantization, **settings: Any) -> Quantization
     if not isinstance(quantization, str):
         raise QuantizerError(f"a quantizer is a name or a Quantization module, got {quantization!r}")
     cls = quantization_from_name(quantization)
-    allowed = [name for name in inspect.signature(cls).parameters]
+    allowed = list(inspect.signature(cls).parameters)
     for name in settings:
         if name not in allowed:
             takes = f"Its settings: {', '.join(allowed)}." if allowed else "It has no settings."

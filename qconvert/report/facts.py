@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
     for name, calls in runs.calls.items():
         layer = layers.get(name, Layer(name, runs.types[name]))
         if name in layers or runs.macs[name]:
-            layers[name] = replace(layer, calls=calls, macs=runs.macs[name], **runs.shapes[name])
+            seen, returned = runs.shapes[name]
+            layers[name] = replace(layer, calls=calls, macs=runs.macs[name], input_shape=seen, output_shape=returned)
     never_run = {name: replace(layer, calls=0, macs=0) for name, layer in layers.items() if layer.calls is None}
     layers |= never_run
     # a layer's own MACs are listed where it is registered
@@ -200,36 +202,32 @@ def _precision(module: nn.Module) -> tuple[int | None, int | None]:
     return min(module._weight_quantize.bit_width, full), min(activation, full)
 
 
-class _Runs(TorchDispatchMode):
+class _Runs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What ran: calls, shapes and MACs per module, and the operators without a formula."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack = [""]
         self.calls: Counter[str] = Counter()
         self.macs: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
         self.types: dict[str, str] = {}
-        self.shapes: dict[str, dict[str, Shape | None]] = {}
+        self.shapes: dict[str, tuple[Shape | None, Shape | None]] = {}
 
     def watch(self, model: nn.Module) -> None:
         """Follow which module is running, by hooks."""
         for name, module in _rows(model):
             self.types[name] = type(module).__name__
-            module.register_forward_pre_hook(lambda module, args, kwargs, name=name: self._enter(name), with_kwargs=True)
-            module.register_forward_hook(
-                lambda module, args, kwargs, output, name=name: self._leave(name, (args, kwargs), output),
-                with_kwargs=True,
-                always_call=True,
-            )
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(partial(self._leave, name), with_kwargs=True, always_call=True)
 
-    def _enter(self, name: str) -> None:
+    def _enter(self, name: str, _module: nn.Module, _args: object) -> None:
         self.stack.append(name)
 
-    def _leave(self, name: str, inputs: object, output: object) -> None:
+    def _leave(self, name: str, _module: nn.Module, args: object, kwargs: object, output: object) -> None:
         self.stack.pop()
         self.calls[name] += 1
-        self.shapes.setdefault(name, {"input_shape": _shape(inputs), "output_shape": _shape(output)})
+        self.shapes.setdefault(name, (_shape((args, kwargs)), _shape(output)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -180,7 +180,8 @@ def compare(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> 
     """Return what changes from one model to the other, layer by layer. Neither is changed.
 
     Args:
-        before, after: a model and its conversion.
+        before: a model.
+        after: its conversion.
         example_inputs: as for `profile`; both models are run on it.
 
     Raises:
@@ -224,13 +225,16 @@ def _cells(row: Row) -> tuple[Cell, ...]:
 
 def _total_rows(*totals: Totals) -> list[tuple[Cell, ...]]:
     precisions = dict.fromkeys(label for side in totals for label in side.macs_by_precision)
+    by_precision: list[tuple[Cell, ...]] = [
+        (f"- {label}", *(side.macs_by_precision.get(label, 0) for side in totals)) for label in precisions
+    ]
     return [
         ("parameters", *(side.parameters for side in totals)),
         ("parameter bits", *(side.parameter_bits for side in totals)),
         ("buffer bits", *(side.buffer_bits for side in totals)),
         ("size (MiB)", *(side.mebibytes for side in totals)),
         ("MACs", *(side.macs for side in totals)),
-        *((f"- {label}", *(side.macs_by_precision.get(label, 0) for side in totals)) for label in precisions),
+        *by_precision,
         ("FLOPs (2 x float MACs)", *(side.flops for side in totals)),
         ("BOPs (2 x W bits x A bits x MACs)", *(side.bops for side in totals)),
         ("OPs (FLOPs + BOPs / 64)", *(side.ops for side in totals)),

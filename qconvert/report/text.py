@@ -5,15 +5,16 @@ from tabulate import tabulate
 from .table import Cell, Table
 
 _PREFIXES = ("", " k", " M", " G", " T", " P")
+_STEP = 1000
 
 
 def si(number: float) -> str:
     """Return a count with an SI prefix and two decimals: 1849688064 -> "1.85 G". Below 1000 it is exact."""
-    if abs(number) < 1000:
+    if abs(number) < _STEP:
         return f"{number:g}" if number == int(number) else f"{number:.2f}"
     power = 0
-    while abs(number) >= 999.995 and power < len(_PREFIXES) - 1:
-        number /= 1000
+    while round(abs(number), 2) >= _STEP and power < len(_PREFIXES) - 1:
+        number /= _STEP
         power += 1
     return f"{number:.2f}{_PREFIXES[power]}"
 
