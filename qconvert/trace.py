@@ -150,6 +150,7 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
         nodes_before = len(self.graph.nodes)
+        stack_before = self.module_stack.copy()
         # new containers: a forward may write into the list it is given before it fails
         args_before, kwargs_before = pytree.tree_map(lambda value: value, (args, kwargs))
         try:
@@ -159,6 +160,7 @@ class _Tracer(fx.Tracer):
             self.failures[name] = _opaque(name, m, error)
             for node in reversed(list(self.graph.nodes)[nodes_before:]):
                 self.graph.erase_node(node)
+            self.module_stack = stack_before
             return self.create_proxy("call_module", name, args_before, kwargs_before)
 
 

@@ -1,25 +1,33 @@
 """The quantized counterpart of a Conv3d subclass."""
 
-import functools
 import types
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+Layer = TypeVar("Layer", bound=nn.Conv3d)
 
-@functools.cache
-def quantized_class(base: Any, layer: Any) -> Any:
+_counterparts: dict[tuple[type[nn.Conv3d], type[nn.Conv3d]], Any] = {}
+
+
+def quantized_class(base: type[nn.Conv3d], layer: type[Layer]) -> type[Layer]:
     """Return the class that is ``base`` in everything but the convolution, which is ``layer``'s.
 
     ``class QConv3DSimple(Conv3DSimple, QConv3d)``: isinstance, static methods, properties and a forward that ends in
-    ``super().forward(x)`` or ``self._conv_forward(...)`` go on working. The class exists only in memory, so its instances
-    are pickled as "the quantized counterpart of base".
+    ``super().forward(x)`` or ``self._conv_forward(...)`` go on working. There is one such class for each pair.
     """
     if issubclass(layer, base):
         return layer
     if issubclass(base, layer):
         return base
+    if (base, layer) not in _counterparts:
+        _counterparts[base, layer] = _derived(base, layer)
+    counterpart: type[Layer] = _counterparts[base, layer]
+    return counterpart
 
+
+def _derived(base: type[nn.Conv3d], layer: type[nn.Conv3d]) -> type:
+    # the class exists only in memory: pickle its instances as "the counterpart of base"
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
         return _empty, (base, layer), vars(self)
 
@@ -27,6 +35,6 @@ def quantized_class(base: Any, layer: Any) -> Any:
     return types.new_class(f"Q{base.__name__}", (base, layer), exec_body=lambda namespace: namespace.update(members))
 
 
-def _empty(base: Any, layer: Any) -> Any:
-    cls = quantized_class(base, layer)
-    return cls.__new__(cls)
+def _empty(base: type[nn.Conv3d], layer: type[Layer]) -> Layer:
+    counterpart = quantized_class(base, layer)
+    return counterpart.__new__(counterpart)
