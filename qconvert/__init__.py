@@ -6,7 +6,7 @@
 
 from .errors import InputError, ModelError, QConvertError, QuantizerError, RuleError
 from .layers import QActivation, QConv3d, QConv3d_NoAct
-from .pipeline import binarize, plan
+from .pipeline import binarize, plan, preview
 from .report import Profile, Report, compare, profile
 from .rules import Plan, Rules, bundled_rules, load_rules
 from .trace import Traced, trace
@@ -32,6 +32,7 @@ __all__ = [
     "compare",
     "load_rules",
     "plan",
+    "preview",
     "profile",
     "trace",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import ModelError
 from .example import example_input
-from .report import compare
+from .report import Report, compare
 from .rewrite import check_quantizers, rewrite
 from .rules import Plan, Rules, load_rules, match
 from .sites import CONV3D
@@ -52,14 +52,14 @@ def binarize(
         InputError: if the model does not run on the example input.
         In each case the model is as it was.
     """
-    plan_, plain = _planned(model, rules)
+    decided, plain = _planned(model, rules)
     if plain is not model:
         warnings.warn(f"the {type(model).__name__} wrapper is taken off: wrap the converted model again", stacklevel=2)
+    if not decided.converted:
+        warnings.warn("the rules convert no layer of this model; qconvert.plan() says why for each", stacklevel=2)
     if report:
-        inputs = example_input(plan_.rules.model, plain) if example_inputs is None else example_inputs
-        preview = rewrite(structural_copy(plain), plan_)  # shares the tensors: nothing has happened yet if this fails
-        print(compare(plain, preview, inputs))  # noqa: T201 (the report is what the caller asked to see)
-    return rewrite(plain if inplace else copied(plain), plan_)
+        print(_preview(plain, decided, example_inputs))  # noqa: T201 (what the caller asked to see)
+    return rewrite(plain if inplace else copied(plain), decided)
 
 
 def plan(model: nn.Module, rules: RulesLike = "default") -> Plan:
@@ -71,14 +71,41 @@ def plan(model: nn.Module, rules: RulesLike = "default") -> Plan:
     return _planned(model, rules)[0]
 
 
-def _planned(model: nn.Module, rules: RulesLike) -> tuple[Plan, nn.Module]:
+def preview(model: nn.Module, rules: RulesLike = "default", example_inputs: Any = None) -> Report:
+    """Return the report that `binarize` prints, without converting the model.
+
+    Raises:
+        RuleError, ModelError, InputError: as `binarize`.
+    """
+    decided, plain = _planned(model, rules)
+    return _preview(plain, decided, example_inputs)
+
+
+def check_rules(rules: RulesLike) -> Rules:
+    """Return the rules, read and with every quantizer that they name tried.
+
+    Raises:
+        RuleError: if they do not read, or a quantizer does not exist or take its settings.
+    """
     loaded = load_rules(rules)
     check_quantizers(loaded)
+    return loaded
+
+
+def _planned(model: nn.Module, rules: RulesLike) -> tuple[Plan, nn.Module]:
+    loaded = check_rules(rules)
     traced = trace(model)
     if not any(site.kind == CONV3D for site in traced.sites):
         kinds = sorted({type(module).__name__ for module in traced.model.modules()} & _CONVOLUTIONS)
-        raise ModelError(f"{type(traced.model).__name__} has no Conv3d to convert. Its convolutions: {kinds or 'none'}")
+        name = type(traced.model).__name__
+        raise ModelError(f"{name} has no Conv3d to convert. Its convolutions: {', '.join(kinds) or 'none'}")
     return match(traced.sites, loaded, traced.opaque), traced.model
 
 
-_CONVOLUTIONS = {f"Conv{transpose}{n}d" for transpose in ("", "Transpose") for n in (1, 2, 3)}
+def _preview(model: nn.Module, decided: Plan, example_inputs: Any) -> Report:
+    inputs = example_input(decided.rules.model, model) if example_inputs is None else example_inputs
+    # converts a copy that shares the tensors: if the report fails, nothing has happened to the model
+    return compare(model, rewrite(structural_copy(model), decided), inputs)
+
+
+_CONVOLUTIONS = {f"Conv{transposed}{n}d" for transposed in ("", "Transpose") for n in (1, 2, 3)}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from tabulate import tabulate
 
 from .errors import RuleError, did_you_mean
 from .sites import CONV3D, Opaque, Site, conv3d_names
@@ -197,6 +198,26 @@ class Plan:
     def converted(self) -> tuple[Decision, ...]:
         """The decisions to convert."""
         return tuple(decision for decision in self.decisions if decision.convert)
+
+    def to_text(self) -> str:
+        """Return the decision table for a terminal."""
+        headers = ("layer", "type", "kernel", "in", "out", "role", "decision", "rule", "reason")
+        table = tabulate([_shown(decision) for decision in self.decisions], headers, disable_numparse=True)
+        sites = [decision.site for decision in self.decisions if decision.site.kind == CONV3D]
+        notes = [f"Not traceable: {entry.name or 'the model'} ({entry.type}): {entry.reason}" for entry in self.opaque]
+        return "\n".join([table, "", f"{len(sites)} Conv3d found, {len(self.converted)} to convert.", *notes])
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def _shown(decision: Decision) -> tuple[str, ...]:
+    site = decision.site
+    verdict = f"W: {decision.weight.quantizer}, A: {decision.input.quantizer}" if decision.convert else "float"
+    kernel = "x".join(map(str, site.kernel_size))
+    role = ", ".join(sorted(site.roles)) + ("" if site.groups == 1 else f" {site.grouping}")
+    channels = (str(site.in_channels or ""), str(site.out_channels or ""))
+    return (site.name, site.type, kernel, *channels, role.strip(), verdict, decision.rule, decision.reason)
 
 
 def load_rules(rules: "str | Path | Mapping[str, Any] | Rules") -> Rules:

