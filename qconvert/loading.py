@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 import pickle
 import sys
 import zipfile
@@ -20,6 +19,8 @@ from .errors import ModelError, did_you_mean
 
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
 """Where training scripts put the weights in a checkpoint that holds more than them."""
+
+_UNREADABLE = (pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, OSError)
 
 
 def build_model(spec: str, settings: Mapping[str, Any] | None = None) -> nn.Module:
@@ -115,14 +116,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        OSError,
-    ) as error:
+    except _UNREADABLE as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise ModelError(f"{path} is not a checkpoint of tensors: {type(error).__name__}: {first_line}") from error
     for key in _WEIGHT_KEYS:
@@ -142,7 +136,7 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     partial = path.with_name(f"{path.name}.partial")
     try:
         safetensors.torch.save_model(model, str(partial), metadata=dict(metadata))
-        os.replace(partial, path)
+        partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise ModelError(f"{path} cannot be written: {error}") from error

@@ -29,21 +29,27 @@ def starting_rules(model: nn.Module) -> str:
     kinds: dict[tuple[str, tuple[int, ...], str], list[Site]] = {}
     for site in sites:
         kinds.setdefault((site.type, site.kernel_size, site.grouping), []).append(site)
-    blocks = [f"# Rules for {name}: {len(sites)} Conv3d. Later rules override earlier ones, key by key.\n"]
-    blocks.append(
-        f"[model]\nfamily = {json.dumps(name)}\n# input_shape = [1, 3, 16, 112, 112]  # for the FLOPs of the report\n"
-    )
-    blocks += [_kind_rule(*kind, members) for kind, members in kinds.items()]
+    header = [
+        f"# Rules for {name}: {len(sites)} Conv3d. Later rules override earlier ones, key by key.",
+        "",
+        "[model]",
+        f"family = {json.dumps(name)}",
+        "# input_shape = [1, 3, 16, 112, 112]  # for the FLOPs of the report",
+    ]
+    tables = [header, *(_kind_rule(*kind, members) for kind, members in kinds.items())]
     for role in ROLES:
         members = [site for site in sites if role in site.roles]
         if members:
-            blocks.append(
-                f'[[rule]]\n# {_examples(members)}\nrole = "{role}"\nquantize = false\nreason = "{role}: {_EXCEPTIONS[role]}"\n'
-            )
-    return "\n".join(blocks)
+            tables.append(_role_rule(role, members))
+    return "\n\n".join("\n".join(table) for table in tables) + "\n"
 
 
-def _kind_rule(type_: str, kernel_size: tuple[int, ...], grouping: str, members: list[Site]) -> str:
+def _role_rule(role: str, members: list[Site]) -> list[str]:
+    reason = f'reason = "{role}: {_EXCEPTIONS[role]}"'
+    return ["[[rule]]", f"# {_examples(members)}", f'role = "{role}"', "quantize = false", reason]
+
+
+def _kind_rule(type_: str, kernel_size: tuple[int, ...], grouping: str, members: list[Site]) -> list[str]:
     lines = [
         "[[rule]]",
         f"# {_examples(members)}",
@@ -59,7 +65,7 @@ def _kind_rule(type_: str, kernel_size: tuple[int, ...], grouping: str, members:
             'input = { quantizer = "approxsign", threshold = "channel" }',
             'reason = "binary"',
         ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _examples(members: list[Site]) -> str:
