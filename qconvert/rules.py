@@ -12,7 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from tabulate import tabulate
 
 from .errors import RuleError, did_you_mean
@@ -24,15 +33,33 @@ def _as_list(value: object) -> object:
 
 
 def _as_triple(value: object) -> object:
-    return (value,) * 3 if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value] * 3
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _as_table(value: object) -> object:
     return {"quantizer": value} if isinstance(value, str) else value
 
 
+def _in_one_message(allowed: str) -> WrapValidator:
+    """Report a value that fits none of several types once, instead of once for each type."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValueError(f"Input should be {allowed}") from error
+
+    return WrapValidator(validate)
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=0)]
 
 
 class Quantizer(_Table):
@@ -47,7 +74,7 @@ class Quantizer(_Table):
     scale: Literal["channel"] | None = Field(
         None, description='weight only: "channel" is a learned factor per output channel that starts at mean |w|.'
     )
-    threshold: Literal["channel"] | Annotated[float, Field(strict=False, allow_inf_nan=False)] | None = Field(
+    threshold: Annotated[Literal["channel"] | Finite | None, _in_one_message('"channel" or a number')] = Field(
         None,
         description='input only: a learned threshold per input channel, starting at this number ("channel" starts it at 0).',
     )
@@ -59,11 +86,7 @@ class Quantizer(_Table):
 
 
 QuantizerField = Annotated[Quantizer, BeforeValidator(_as_table, json_schema_input_type=str | Quantizer)]
-Triple = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-Window = Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
-
-
-Size = Annotated[int, Field(ge=0)]
+Triple = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
 class Rule(_Table):
@@ -74,7 +97,7 @@ class Rule(_Table):
     )
     type: str | None = Field(None, description="Glob over class names, e.g. Conv3DSimple.")
     kernel_size: Annotated[Triple, BeforeValidator(_as_triple, json_schema_input_type=int | Triple)] | None = Field(
-        None, description="Kernel size, one number or [D, H, W].", strict=False
+        None, description="Kernel size, one number or [D, H, W]."
     )
     groups: Literal["dense", "grouped", "depthwise"] | None = Field(
         None, description="dense: 1 group; depthwise: as many as input channels; grouped: between."
@@ -89,10 +112,12 @@ class Rule(_Table):
     quantize: bool | None = Field(None, description="Whether the layer is converted. Setting weight or input implies true.")
     weight: QuantizerField | None = Field(None, description="Quantizer of the weight. sign where no rule sets it.")
     input: QuantizerField | None = Field(None, description="Quantizer of the input. sign where no rule sets it.")
-    gradient_cancellation_threshold: Window | None = Field(
-        None, description="Input gradients pass where |x - threshold| is at most this; 0 is off. 1 where no rule sets it."
+    gradient_cancellation_threshold: Finite | None = Field(
+        None,
+        ge=0,
+        description="Input gradients pass where |x - threshold| is at most this; 0 is off. 1 where no rule sets it.",
     )
-    pad_value: Annotated[float, Field(strict=False, allow_inf_nan=False)] | None = Field(
+    pad_value: Finite | None = Field(
         None, description="Value of the zeros-padding. Where no rule sets it: -1 for a 1-bit input, else 0."
     )
     reason: str | None = Field(None, description="Why; shown in the decision table.")
@@ -111,7 +136,7 @@ class Rule(_Table):
         return (
             (self.layers is None or any(matches(site, glob) for glob in self.layers))
             and (self.type is None or fnmatch.fnmatchcase(site.type, self.type))
-            and self.kernel_size in (None, site.kernel_size)
+            and self.kernel_size in (None, list(site.kernel_size))
             and self.groups in (None, site.grouping)
             and (self.role is None or self.role in site.roles)
             and (self.min_in_channels is None or site.in_channels >= self.min_in_channels)
@@ -133,7 +158,9 @@ class Model(_Table):
     """The ``[model]`` table: what the rules are for."""
 
     family: str | None = Field(None, description="Name of the model family.")
-    input_shape: list[Size] | list[list[Size]] | None = Field(
+    input_shape: Annotated[
+        list[Size] | list[list[Size]] | None, _in_one_message("a list of sizes, or a list of such lists")
+    ] = Field(
         None,
         min_length=1,
         description="Shape of the example input used for FLOPs; a list of shapes for a model that takes a list.",
@@ -270,10 +297,13 @@ def _found(name: str | Path, folder: Path) -> Path:
 
 
 def _resolved(file: RuleFile, label: str, folder: Path, within: tuple[Path, ...]) -> Rules:
-    rules = tuple((f"{label} #{number}", rule) for number, rule in enumerate(file.rule, start=1))
+    rules = tuple((f"{label}, rule {number}", rule) for number, rule in enumerate(file.rule, start=1))
     if file.extends is None:
         return Rules(label, rules, file.model)
-    base = _load(file.extends, folder, within)
+    try:
+        base = _load(file.extends, folder, within)
+    except RuleError as error:
+        raise RuleError(f"{label}: extends: {error}") from error
     return Rules(label, (*base.rules, *rules), base.model.model_copy(update=file.model.model_dump(exclude_unset=True)))
 
 
@@ -304,7 +334,7 @@ def _worded(detail: Mapping[str, Any], source: str) -> str:
     # the rest of the location is pydantic's own (which member of a union it tried), but for a table's key
     inner = "".join(f".{part}" for part in keys[1:] if part in Quantizer.model_fields)
     message = detail["msg"].removeprefix("Value error, ")
-    seen = "" if detail["type"] == "value_error" else f", got {detail['input']!r}"
+    seen = "" if isinstance(detail["input"], Rule) else f", got {detail['input']!r}"
     suggestion = did_you_mean(detail["input"], _literals(detail)) if isinstance(detail["input"], str) else ""
     return f"{where}: {key}{inner}: {message}{seen}.{suggestion}" if key else f"{where}: {message}{seen}."
 

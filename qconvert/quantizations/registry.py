@@ -72,7 +72,8 @@ def quantizer(quantization: str | Quantization, **settings: Any) -> Quantization
     if not isinstance(quantization, str):
         raise QuantizerError(f"a quantizer is a name or a Quantization module, got {quantization!r}")
     cls = quantization_from_name(quantization)
-    allowed = list(inspect.signature(cls).parameters)
+    parameters = inspect.signature(cls).parameters.values()
+    allowed = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     for name in settings:
         if name not in allowed:
             takes = f"Its settings: {', '.join(allowed)}." if allowed else "It has no settings."

@@ -1,0 +1,259 @@
+"""Tracing: what is found, in which role, and that the model is left alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
+from torchvision.models.video import r3d_18
+
+import qconvert
+from qconvert import ModelError, trace
+from qconvert.layers import QConv3d
+
+
+class Scaled(nn.Conv3d):
+    """A subclass with a forward of its own that ends in Conv3d's."""
+
+    def forward(self, x, factor=2.0):
+        return super().forward(x * factor)
+
+
+class Standardized(nn.Conv3d):
+    """A subclass whose forward never gets to Conv3d's."""
+
+    def forward(self, x):
+        return F.conv3d(x, self.weight - self.weight.mean(), None, self.stride, self.padding)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels, add="+"):
+        super().__init__()
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.skip = nn.Conv3d(channels, channels, 1)
+        self.add = add
+
+    def forward(self, x):
+        y = self.conv2(F.relu(self.conv1(x)))
+        match self.add:
+            case "+":
+                return y + self.skip(x)
+            case "+=":
+                y += self.skip(x)
+                return y
+            case "torch.add":
+                return torch.add(self.skip(x), y)
+            case "add_":
+                return y.add_(self.skip(x))
+
+
+class Branching(nn.Module):
+    """Control flow on a value: fx cannot follow it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv3d(1, 4, 1)
+        self.body = nn.Sequential(nn.Conv3d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 4, 3, padding=1))
+        self.head = nn.Conv3d(4, 2, 1)
+        self.calls = 0
+        self.register_buffer("steps", torch.zeros(()))
+        self.cache = []
+
+    def forward(self, x):
+        self.calls += 1
+        self.steps += 1
+        self.cache.append(x)
+        x = self.stem(x)
+        if x.mean() > 0:
+            x = self.body(x)
+        return self.head(x)
+
+
+def roles(model: nn.Module) -> dict[str, set[str]]:
+    return {site.name: set(site.roles) for site in trace(model).sites if site.roles}
+
+
+def test_r3d_18_finds_all_20_with_their_roles():
+    traced = trace(r3d_18())
+    conv3d = [site for site in traced.sites if site.kind == "Conv3d"]
+    assert len(conv3d) == 20
+    assert sum(site.type == "Conv3d" for site in conv3d) == 4
+    assert sum(site.type == "Conv3DSimple" for site in conv3d) == 16
+    assert roles(traced.model) == {
+        "stem.0": {"first"},
+        "layer2.0.downsample.0": {"shortcut"},
+        "layer3.0.downsample.0": {"shortcut"},
+        "layer4.0.downsample.0": {"shortcut"},
+        "layer4.1.conv2.0": {"last"},
+    }
+
+
+def test_a_region_runs_as_a_graph_module_of_the_users_layers():
+    model = r3d_18().eval()
+    (region,) = trace(model).regions
+    graph_module = region.graph_module
+    assert isinstance(graph_module, fx.GraphModule)
+    x = torch.randn(1, 3, 4, 32, 32)
+    assert torch.equal(graph_module(x), model(x))
+    assert graph_module.get_submodule("stem.0") is model.stem[0]
+    targets = {str(node.target) for node in region.graph.nodes if node.op == "call_module"}
+    assert {name for name, module in model.named_modules() if isinstance(module, nn.Conv3d)} <= targets
+    region.graph.lint()
+
+
+def test_the_graph_of_a_converted_model_lints_and_keeps_every_layer_whole():
+    converted = qconvert.binarize(r3d_18().eval(), "bitorch", report=False)
+    (graph_module,) = trace(converted).graph_modules.values()
+    graph_module.graph.lint()
+    called = [graph_module.get_submodule(n.target) for n in graph_module.graph.nodes if n.op == "call_module"]
+    assert sum(isinstance(module, QConv3d) for module in called) == 20
+    x = torch.randn(1, 3, 4, 32, 32)
+    assert torch.equal(graph_module(x), converted(x))
+
+
+@pytest.mark.parametrize("add", ["+", "+=", "torch.add", "add_"])
+def test_shortcut_of_every_kind_of_addition(add):
+    found = roles(nn.Sequential(nn.Conv3d(1, 4, 1), Residual(4, add), nn.Conv3d(4, 1, 1)))
+    assert found == {"0": {"first"}, "1.skip": {"shortcut"}, "2": {"last"}}
+
+
+def test_a_subtraction_has_no_shortcut():
+    class Subtract(Residual):
+        def forward(self, x):
+            return self.conv2(self.conv1(x)) - self.skip(x)
+
+    assert all("shortcut" not in found for found in roles(Subtract(4)).values())
+
+
+def test_untraceable_model_is_taken_apart_in_the_order_of_registration():
+    model = Branching()
+    traced = trace(model)
+    assert [module.name for module in traced.opaque] == [""]
+    assert "control flow" in traced.opaque[0].reason
+    assert "test_trace.py:" in traced.opaque[0].reason
+    assert {region.name for region in traced.regions} == {"stem", "body", "head"}
+    assert roles(model) == {"stem": {"first"}, "head": {"last"}}
+    x = torch.randn(1, 1, 4, 4, 4)
+    for name, graph_module in traced.graph_modules.items():
+        part = model.get_submodule(name)
+        x, expected = graph_module(x), part(x)
+        assert torch.equal(x, expected)
+
+
+def test_an_untraceable_part_is_one_node_of_the_rest():
+    model = nn.Sequential(nn.Conv3d(1, 1, 1), Branching(), nn.Conv3d(2, 2, 1))
+    traced = trace(model)
+    assert [module.name for module in traced.opaque] == ["1"]
+    assert roles(model) == {"0": {"first"}, "2": {"last"}}
+    (root,) = [region for region in traced.regions if region.name == ""]
+    assert [node.target for node in root.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    root.graph.lint()
+
+
+def test_tracing_leaves_no_mark_on_the_model():
+    model = Branching()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trace(model)
+    trace(nn.Sequential(model))
+    assert (model.calls, model.cache) == (0, [])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_list_arguments_are_as_they_were_for_the_opaque_node():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 1, 1)
+
+        def forward(self, xs):
+            xs[0] = self.conv(xs[0])
+            return xs[0] if xs[0].mean() > 0 else xs[1]
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Overwrites()
+
+        def forward(self, x, y):
+            return self.part([x, y])
+
+    traced = trace(Owner())
+    (root,) = [region for region in traced.regions if region.name == ""]
+    root.graph.lint()
+    call = next(node for node in root.graph.nodes if node.op == "call_module")
+    assert [node.name for node in call.args[0]] == ["x", "y"]
+
+
+def test_defaults_of_the_forward_are_used_not_proxies():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 1, 1)
+            self.other = nn.Conv3d(1, 1, 1)
+
+        def forward(self, x, mask=None, flag=True):
+            if mask is not None:
+                x = self.other(x)
+            return self.conv(x) if flag else x
+
+    assert roles(Optional())["conv"] == {"first", "last"}
+
+
+def test_bare_convolution_is_a_region_of_its_own():
+    conv = nn.Conv3d(2, 3, 1)
+    traced = trace(conv)
+    assert [(site.name, site.roles) for site in traced.sites] == [("", {"first", "last"})]
+    x = torch.randn(1, 2, 2, 2, 2)
+    assert torch.equal(traced.graph_modules[""](x), conv(x))
+
+
+def test_shared_module_is_one_site_with_all_its_names():
+    conv = nn.Conv3d(2, 2, 1)
+    model = nn.ModuleDict({"a": conv, "b": nn.Sequential(conv, nn.Conv3d(2, 2, 1))})
+    sites = trace(model).sites
+    assert [(site.name, site.aliases) for site in sites] == [("a", ("b.0",)), ("b.1", ())]
+
+
+def test_other_convolutions_are_listed_and_not_convertible():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 2, 1)
+            self.up = nn.ConvTranspose3d(2, 1, 2)
+            self.kernel = nn.Parameter(torch.randn(1, 1, 1, 1, 1))
+
+        def forward(self, x):
+            return F.conv3d(self.up(self.conv(x)), self.kernel)
+
+    kinds = {site.name: (site.kind, site.blocker) for site in trace(Mixed()).sites}
+    assert kinds == {
+        "conv": ("Conv3d", None),
+        "up": ("ConvTranspose3d", "not a Conv3d"),
+        "conv3d": ("functional conv3d", "not a module"),
+    }
+
+
+def test_subclass_is_convertible_if_its_forward_reaches_conv3ds():
+    model = nn.ModuleList([nn.Conv3d(1, 1, 1), Scaled(1, 1, 1), Standardized(1, 1, 1), nn.LazyConv3d(1, 1)])
+    blockers = [site.blocker for site in trace(model).sites]
+    assert blockers[:2] == [None, None]
+    assert blockers[2] == "Standardized.forward never reaches nn.Conv3d.forward"
+    assert "run the model once" in blockers[3]
+
+
+def test_wrappers_are_looked_through():
+    model = nn.Sequential(nn.Conv3d(1, 1, 1))
+    assert trace(nn.DataParallel(model)).model is model
+    assert trace(torch.compile(model)).model is model
+    assert trace(torch.compile(nn.DataParallel(model))).model is model
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module, got int"):
+        trace(3)
+    with pytest.raises(ModelError, match="ScriptModule has no Python forward"):
+        trace(torch.jit.trace(nn.Conv3d(1, 1, 1), torch.zeros(1, 1, 1, 1, 1)))
+    uncopyable = nn.Sequential(nn.Conv3d(1, 1, 1))
+    uncopyable.stream = (value for value in ())
+    with pytest.raises(ModelError, match=r"copy\.deepcopy\(Sequential\) fails: TypeError: cannot pickle 'generator'"):
+        trace(uncopyable)
