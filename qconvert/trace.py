@@ -7,7 +7,7 @@ a forward cannot be traced, that module becomes one opaque node, and its childre
 import copy
 import inspect
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,8 +78,10 @@ def trace(model: nn.Module) -> Traced:
         ModelError: if ``model`` is no module, or a ScriptModule (which has no Python forward to trace or to keep).
     """
     model = unwrapped(model)
-    # what a forward does to Python state while it is traced (caches, counters) happens to a copy that shares the tensors
-    graphs, opaque = _Regions(structural_copy(model)).trace()
+    # what a forward does to Python state while it is traced (caches, counters) happens to a copy; leaves do not run
+    is_leaf = _Tracer().is_leaf_module
+    leaves = [module for name, module in model.named_modules() if is_leaf(module, name)]
+    graphs, opaque = _Regions(structural_copy(model, leaves)).trace()
     modules = dict(model.named_modules())
     regions = tuple(Region(name, modules[name], graph) for name, graph in graphs.items())
     return Traced(model, regions, tuple(opaque), tuple(_sites(model, graphs)))
@@ -102,13 +104,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def structural_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the module tree and its Python state that shares every tensor of the model.
+def structural_copy(model: nn.Module, shared_modules: Iterable[nn.Module] = ()) -> nn.Module:
+    """Return a copy of the module tree and its Python state that shares every tensor, and the modules named, of the model.
 
     Raises:
         ModelError: if the model holds something that copy.deepcopy cannot copy.
     """
-    shared = {
+    shared: dict[int, Any] = {id(module): module for module in shared_modules}
+    shared |= {
         id(tensor): tensor
         for module in model.modules()
         for owner in (module._parameters, module._buffers, vars(module))

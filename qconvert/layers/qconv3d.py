@@ -153,15 +153,9 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         self._weight_quantize = quantizer(quantization)
         self._weight_quantize.start_from(self.weight)
         self.pad_value = self._default_pad_value if pad_value is None else float(pad_value)
-        self.register_parameter("scale", None if scale is None else nn.Parameter(self._fitted_scale()))
-
-    @torch.no_grad()
-    def _fitted_scale(self) -> Tensor:
-        """Return the factor per output channel, shape (O,), that brings ``Q_w(weight)`` nearest to the weight."""
-        quantized = self._weight_quantize(self.weight)
-        dot = (self.weight * quantized).flatten(1).sum(1)
-        square = (quantized * quantized).flatten(1).sum(1)
-        return torch.where(square > 0, dot / square, 1.0)
+        self.register_parameter(
+            "scale", None if scale is None else nn.Parameter(self._weight_quantize.fitted_scale(self.weight))
+        )
 
     def reset_parameters(self) -> None:
         """Start the weight anew (Xavier normal), and what depends on it."""
@@ -171,7 +165,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         if hasattr(self, "_weight_quantize"):  # not yet while Conv3d's constructor runs
             self._weight_quantize.start_from(self.weight)
             if self.scale is not None:
-                self.scale.data.copy_(self._fitted_scale())
+                self.scale.data.copy_(self._weight_quantize.fitted_scale(self.weight))
 
     def _apply_padding(self, x: Tensor) -> Tensor:
         """Return ``x`` with its border, as the convolution sees it."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import Quantization
+from .base import BinaryQuantization
 from .operators import elementwise_operator
 from .sign import binary
 
@@ -20,7 +20,7 @@ def _triangle(grad_output: Tensor, x: Tensor) -> Tensor:
 approx_sign = elementwise_operator("approx_sign", _approx_sign, _triangle)
 
 
-class ApproxSign(Quantization):
+class ApproxSign(BinaryQuantization):
     """Sign whose gradient is that of a piecewise quadratic curve.
 
     Forward: ``y = -1 if x < 0 else +1``. Gradient: ``dy/dx = 2 - 2|x|`` where ``|x| <= 1``, else 0.
@@ -29,7 +29,6 @@ class ApproxSign(Quantization):
     """
 
     name = "approxsign"
-    bit_width = 1
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the sign of ``x``."""

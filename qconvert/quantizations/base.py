@@ -3,12 +3,16 @@
 import warnings
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizerError
 
 MAX_BITS = 16
 """Widest quantizer: 2**16 - 1 levels are still exact integers in float32 arithmetic."""
+
+_SLICE = 2**18
+"""Values handled at a time where a temporary tensor is needed: 1 MiB of float32, which stays in the cache."""
 
 
 class Quantization(nn.Module):
@@ -39,9 +43,34 @@ class Quantization(nn.Module):
     def start_from(self, weight: Tensor) -> None:
         """Set what the quantizer learns to its starting value for these weights. Nothing by default."""
 
+    @torch.no_grad()
+    def fitted_scale(self, weight: Tensor) -> Tensor:
+        """Return the factor per output channel, shape (O,), that brings the quantized weight nearest to the weight.
+
+        Least squares: ``<w, q> / <q, q>`` over each output channel, 1 where q is 0.
+        """
+        quantized = self(weight)
+        dot = (weight * quantized).flatten(1).sum(1)
+        square = (quantized * quantized).flatten(1).sum(1)
+        return torch.where(square > 0, dot / square, 1.0)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return ``quantize(x)``."""
         return self.quantize(x)
+
+
+class BinaryQuantization(Quantization):
+    """A quantizer to -1 and +1."""
+
+    bit_width = 1
+
+    @torch.no_grad()
+    def fitted_scale(self, weight: Tensor) -> Tensor:
+        """Return mean |weight| per output channel: what the least squares come to for a sign (XNOR-Net, eq. 6)."""
+        channels = weight.flatten(1)
+        # a slice at a time: the magnitudes of a whole layer would be written to fresh memory, at many times the cost
+        slices = torch.split(channels, max(1, _SLICE // max(1, channels.shape[1])))
+        return torch.cat([part.abs().mean(1) for part in slices])
 
 
 def check_bits(bits: int, quantizer: str, lowest: int = 1) -> int:

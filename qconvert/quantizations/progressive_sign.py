@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor
 
 from ..errors import QuantizerError
-from .base import Quantization
+from .base import BinaryQuantization
 from .operators import elementwise_operator
 from .sign import sign
 
@@ -21,7 +21,7 @@ def _ramp(x: Tensor, half_width: float) -> Tensor:
 ramp = elementwise_operator("ramp", _ramp)
 
 
-class ProgressiveSign(Quantization):
+class ProgressiveSign(BinaryQuantization):
     """Ramp of shrinking width in training, sign in evaluation.
 
     Forward in training: ``y = clamp(x / max(1 - t, 1e-7), -1, 1)`` with temperature ``t = 1 - alpha ** (-beta * scale)``;
@@ -42,7 +42,6 @@ class ProgressiveSign(Quantization):
     """
 
     name = "progressive_sign"
-    bit_width = 1
 
     def __init__(
         self,

@@ -72,10 +72,14 @@ def quantizer(quantization: str | Quantization, **settings: Any) -> Quantization
     if not isinstance(quantization, str):
         raise QuantizerError(f"a quantizer is a name or a Quantization module, got {quantization!r}")
     cls = quantization_from_name(quantization)
-    parameters = inspect.signature(cls).parameters.values()
-    allowed = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    allowed = _settings(cls) if settings else []
     for name in settings:
         if name not in allowed:
             takes = f"Its settings: {', '.join(allowed)}." if allowed else "It has no settings."
             raise QuantizerError(f"quantizer {quantization!r} has no setting {name!r}. {takes}{did_you_mean(name, allowed)}")
     return cls(**settings)
+
+
+def _settings(cls: type[Quantization]) -> list[str]:
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

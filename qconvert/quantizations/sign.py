@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import Quantization
+from .base import BinaryQuantization
 from .operators import elementwise_operator
 
 
@@ -20,7 +20,7 @@ def _sign(x: Tensor) -> Tensor:
 sign = elementwise_operator("sign", _sign)
 
 
-class Sign(Quantization):
+class Sign(BinaryQuantization):
     """Sign that is never zero, with the straight-through estimator.
 
     Forward: ``y = -1 if x < 0 else +1`` (so +1 at 0, at -0.0 and for NaN). Gradient: ``dy/dx = 1``.
@@ -30,7 +30,6 @@ class Sign(Quantization):
     """
 
     name = "sign"
-    bit_width = 1
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the sign of ``x``."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import Quantization
+from .base import BinaryQuantization
 from .operators import elementwise_operator
 
 
@@ -19,7 +19,7 @@ def _window(grad_output: Tensor, x: Tensor) -> Tensor:
 ste_heaviside = elementwise_operator("ste_heaviside", _ste_heaviside, _window)
 
 
-class SteHeaviside(Quantization):
+class SteHeaviside(BinaryQuantization):
     """Step function with the straight-through estimator inside a window.
 
     Forward: ``y = +1 if x > 0 else -1`` (so -1 at 0 and for NaN: the useful choice on ReLU outputs).
@@ -29,7 +29,6 @@ class SteHeaviside(Quantization):
     """
 
     name = "steheaviside"
-    bit_width = 1
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return +1 where ``x`` is positive, -1 elsewhere."""

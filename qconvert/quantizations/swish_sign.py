@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantizerError
-from .base import Quantization
+from .base import BinaryQuantization
 from .operators import elementwise_operator
 from .sign import binary
 
@@ -21,7 +21,7 @@ def _swish(grad_output: Tensor, x: Tensor, beta: float) -> Tensor:
 swish_sign = elementwise_operator("swish_sign", _swish_sign, _swish)
 
 
-class SwishSign(Quantization):
+class SwishSign(BinaryQuantization):
     """Sign whose gradient is the derivative of the SignSwish function.
 
     Forward: ``y = -1 if x < 0 else +1``.
@@ -37,7 +37,6 @@ class SwishSign(Quantization):
     """
 
     name = "swishsign"
-    bit_width = 1
 
     def __init__(self, beta: float = 5.0) -> None:
         super().__init__()

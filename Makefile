@@ -1,0 +1,36 @@
+# Each target makes .venv, installs what it needs, and runs. Needs Python 3.11 or later and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench docs clean
+
+demo: $(VENV)/.demo ## convert the pretrained TransNetV2 and run it on its own video
+	$(BIN)/qconvert demo
+
+test: $(VENV)/.test ## lint, types, documentation and every test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/pytest
+
+bench: $(VENV)/.test ## speed, as ratios measured side by side
+	$(BIN)/python tests/bench/bench_conversion.py
+
+docs: $(VENV)/.test ## the documentation, on http://127.0.0.1:8000
+	$(BIN)/mkdocs serve
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
