@@ -18,8 +18,9 @@ from .pipeline import check_rules, preview
 from .pipeline import plan as plan_model
 from .report import Profile, Report
 from .report import profile as profile_model
-from .rules import RuleFile, bundled_rules
+from .rules import bundled_rules
 from .starter import starting_rules
+from .tables import RuleFile
 
 app = typer.Typer(
     help="Convert pretrained video and volumetric PyTorch models to binary and low-bit ones.",

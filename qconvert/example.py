@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .rules import Model
+from .tables import Model
 
 
 def example_input(description: Model, model: nn.Module) -> Any:

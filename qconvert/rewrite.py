@@ -12,7 +12,8 @@ from torch import nn
 from .errors import QConvertError, QuantizerError, RuleError
 from .layers import QConv3d
 from .quantizations import Quantization, quantizer
-from .rules import Decision, Plan, Quantizer, Rules
+from .rules import Decision, Plan, Rules
+from .tables import Quantizer
 
 _PLAN_ATTRIBUTE = "_qconvert_plan"
 """Where a converted model keeps its plan, for reports and files made from the model alone."""

@@ -7,7 +7,7 @@ a forward cannot be traced, that module becomes one opaque node, and its childre
 import copy
 import inspect
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,29 +24,8 @@ from .roles import RegionGraph, roles_of
 from .sites import CONV3D, Opaque, Site
 
 _FUNCTIONAL_CONV3D = {F.conv3d, torch.conv3d, torch.ops.aten.conv3d.default, torch.ops.aten.conv3d}
+_LONE = "conv"
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-
-@dataclass(frozen=True)
-class Region:
-    """A part of the model that torch.fx can follow as a whole.
-
-    Attributes:
-        name: dotted name of the module ("" for the whole model).
-        module: the user's module.
-        graph: its forward as a graph, in which every Conv3d, and every opaque module, is one node.
-    """
-
-    name: str
-    module: nn.Module
-    graph: fx.Graph
-
-    @cached_property
-    def graph_module(self) -> fx.GraphModule:
-        """The region as a module that runs; it shares the user's layers and Parameters."""
-        if isinstance(self.module, nn.Conv3d):  # fx runs a graph's nodes on a module that holds them
-            return fx.GraphModule({"conv": self.module}, self.graph)
-        return fx.GraphModule(self.module, self.graph)
 
 
 @dataclass(frozen=True)
@@ -55,20 +34,26 @@ class Traced:
 
     Attributes:
         model: the model, unwrapped from DataParallel, DDP or torch.compile.
-        regions: the traced parts; one named "" where the whole model can be traced.
-        opaque: the modules around the regions that cannot, and why.
+        graphs: the forward of each part that torch.fx can follow, by the part's dotted name ("" is the whole model). In
+            them every Conv3d, and every module that cannot be followed, is one node.
+        opaque: the modules that cannot be followed, and why.
         sites: every Conv3d, transposed and functional 3D convolution, in the order in which the modules are registered.
     """
 
     model: nn.Module
-    regions: tuple[Region, ...]
+    graphs: Mapping[str, fx.Graph]
     opaque: tuple[Opaque, ...]
     sites: tuple[Site, ...]
 
-    @property
-    def graph_modules(self) -> dict[str, fx.GraphModule]:
-        """The traced regions as GraphModules, by dotted name, for fx passes of the caller's own."""
-        return {region.name: region.graph_module for region in self.regions}
+    @cached_property
+    def regions(self) -> dict[str, fx.GraphModule]:
+        """The graphs as modules that run, by name, for fx passes of the caller's own. They share the model's layers."""
+        return {name: self._graph_module(self.model.get_submodule(name), graph) for name, graph in self.graphs.items()}
+
+    def _graph_module(self, part: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+        # a graph calls modules by their names in a root; a lone convolution has no root of its own
+        root = {_LONE: part} if isinstance(part, nn.Conv3d) else part
+        return fx.GraphModule(root, graph)
 
 
 def trace(model: nn.Module) -> Traced:
@@ -82,9 +67,7 @@ def trace(model: nn.Module) -> Traced:
     is_leaf = _Tracer().is_leaf_module
     leaves = [module for name, module in model.named_modules() if is_leaf(module, name)]
     graphs, opaque = _Regions(structural_copy(model, leaves)).trace()
-    modules = dict(model.named_modules())
-    regions = tuple(Region(name, modules[name], graph) for name, graph in graphs.items())
-    return Traced(model, regions, tuple(opaque), tuple(_sites(model, graphs)))
+    return Traced(model, graphs, tuple(opaque), tuple(_sites(model, graphs)))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -210,7 +193,7 @@ class _Regions:
 
 def _graph_of_conv3d() -> fx.Graph:
     graph = fx.Graph()
-    graph.output(graph.call_module("conv", (graph.placeholder("input"),)))
+    graph.output(graph.call_module(_LONE, (graph.placeholder("input"),)))
     return graph
 
 
@@ -245,22 +228,20 @@ def _sites(model: nn.Module, graphs: dict[str, fx.Graph]) -> Iterator[Site]:
     first_name = {alias: module_names[0] for module_names in names.values() for alias in module_names}
     roles = roles_of(model, {name: RegionGraph(graph, name, first_name) for name, graph in graphs.items()})
     for module, (name, *aliases) in names.items():
-        if isinstance(module, nn.Conv3d):
-            yield _conv3d_site(module, name, tuple(aliases), roles.get(name, frozenset()))
-        elif isinstance(module, nn.ConvTranspose3d):
-            yield _other_site(module, name, tuple(aliases))
+        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+            yield _site(module, name, tuple(aliases), roles.get(name, frozenset()))
     for region, graph in graphs.items():
         for node in graph.nodes:
             if node.op == "call_function" and node.target in _FUNCTIONAL_CONV3D:
                 yield Site(_joined(region, node.name), "function", kind="functional conv3d", blocker="not a module")
 
 
-def _conv3d_site(conv: nn.Conv3d, name: str, aliases: tuple[str, ...], roles: frozenset[str]) -> Site:
+def _site(conv: nn.Conv3d | nn.ConvTranspose3d, name: str, aliases: tuple[str, ...], roles: frozenset[str]) -> Site:
     converted = isinstance(conv, QConv3d_NoAct)
     return Site(
         name,
         type(conv).__name__,
-        CONV3D,
+        CONV3D if isinstance(conv, nn.Conv3d) else "ConvTranspose3d",
         aliases,
         conv.in_channels,
         conv.out_channels,
@@ -268,23 +249,8 @@ def _conv3d_site(conv: nn.Conv3d, name: str, aliases: tuple[str, ...], roles: fr
         tuple(conv.kernel_size),
         _parameters(conv),
         roles,
-        None if converted else _blocker(conv),
+        None if converted else _blocker(conv) if isinstance(conv, nn.Conv3d) else "not a Conv3d",
         converted,
-    )
-
-
-def _other_site(conv: nn.ConvTranspose3d, name: str, aliases: tuple[str, ...]) -> Site:
-    return Site(
-        name,
-        type(conv).__name__,
-        "ConvTranspose3d",
-        aliases,
-        conv.in_channels,
-        conv.out_channels,
-        conv.groups,
-        tuple(conv.kernel_size),
-        _parameters(conv),
-        blocker="not a Conv3d",
     )
 
 

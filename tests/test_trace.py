@@ -90,20 +90,19 @@ def test_r3d_18_finds_all_20_with_their_roles():
 
 def test_a_region_runs_as_a_graph_module_of_the_users_layers():
     model = r3d_18().eval()
-    (region,) = trace(model).regions
-    graph_module = region.graph_module
+    (graph_module,) = trace(model).regions.values()
     assert isinstance(graph_module, fx.GraphModule)
     x = torch.randn(1, 3, 4, 32, 32)
     assert torch.equal(graph_module(x), model(x))
     assert graph_module.get_submodule("stem.0") is model.stem[0]
-    targets = {str(node.target) for node in region.graph.nodes if node.op == "call_module"}
+    targets = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     assert {name for name, module in model.named_modules() if isinstance(module, nn.Conv3d)} <= targets
-    region.graph.lint()
+    graph_module.graph.lint()
 
 
 def test_the_graph_of_a_converted_model_lints_and_keeps_every_layer_whole():
     converted = qconvert.binarize(r3d_18().eval(), "bitorch", report=False)
-    (graph_module,) = trace(converted).graph_modules.values()
+    (graph_module,) = trace(converted).regions.values()
     graph_module.graph.lint()
     called = [graph_module.get_submodule(n.target) for n in graph_module.graph.nodes if n.op == "call_module"]
     assert sum(isinstance(module, QConv3d) for module in called) == 20
@@ -131,10 +130,10 @@ def test_untraceable_model_is_taken_apart_in_the_order_of_registration():
     assert [module.name for module in traced.opaque] == [""]
     assert "control flow" in traced.opaque[0].reason
     assert "test_trace.py:" in traced.opaque[0].reason
-    assert {region.name for region in traced.regions} == {"stem", "body", "head"}
+    assert set(traced.regions) == {"stem", "body", "head"}
     assert roles(model) == {"stem": {"first"}, "head": {"last"}}
     x = torch.randn(1, 1, 4, 4, 4)
-    for name, graph_module in traced.graph_modules.items():
+    for name, graph_module in traced.regions.items():
         part = model.get_submodule(name)
         x, expected = graph_module(x), part(x)
         assert torch.equal(x, expected)
@@ -145,7 +144,7 @@ def test_an_untraceable_part_is_one_node_of_the_rest():
     traced = trace(model)
     assert [module.name for module in traced.opaque] == ["1"]
     assert roles(model) == {"0": {"first"}, "2": {"last"}}
-    (root,) = [region for region in traced.regions if region.name == ""]
+    root = traced.regions[""]
     assert [node.target for node in root.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
     root.graph.lint()
 
@@ -178,7 +177,7 @@ def test_list_arguments_are_as_they_were_for_the_opaque_node():
             return self.part([x, y])
 
     traced = trace(Owner())
-    (root,) = [region for region in traced.regions if region.name == ""]
+    root = traced.regions[""]
     root.graph.lint()
     call = next(node for node in root.graph.nodes if node.op == "call_module")
     assert [node.name for node in call.args[0]] == ["x", "y"]
@@ -204,7 +203,7 @@ def test_bare_convolution_is_a_region_of_its_own():
     traced = trace(conv)
     assert [(site.name, site.roles) for site in traced.sites] == [("", {"first", "last"})]
     x = torch.randn(1, 2, 2, 2, 2)
-    assert torch.equal(traced.graph_modules[""](x), conv(x))
+    assert torch.equal(traced.regions[""](x), conv(x))
 
 
 def test_shared_module_is_one_site_with_all_its_names():

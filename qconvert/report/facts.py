@@ -1,32 +1,16 @@
-"""The facts of a report, all of them integers: what each layer holds, and what it computes in one forward pass.
+"""The facts of a report, all of them integers: what each layer holds, and what it computes in one forward pass."""
 
-The pass runs on a copy of the module tree under FakeTensorMode, which computes shapes only. Multiply-accumulates come
-from the formulas of torch.utils.flop_counter (1 MAC = 2 FLOPs), and belong to the innermost layer that is running.
-"""
-
-import random
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from ..errors import InputError
 from ..layers import QConv3d, QConv3d_NoAct
-from ..trace import copied, structural_copy, unwrapped
+from ..trace import unwrapped
+from .run import Shape, rows, run
 
 LOW_BIT = 8
 """Widest operands whose products count as bit operations rather than float operations."""
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -117,7 +101,7 @@ def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
     layers = _static_facts(model)
     if example_inputs is None:
         return Facts(tuple(layers.values()), ())
-    runs = _run(model, example_inputs)
+    runs = run(model, example_inputs)
     for name, calls in runs.calls.items():
         layer = layers.get(name, Layer(name, runs.types[name]))
         if name in layers or runs.macs[name]:
@@ -137,12 +121,11 @@ def _static_facts(model: nn.Module) -> dict[str, Layer]:
     bits = _bits_per_value(model)
     seen: set[int] = set()
     layers: dict[str, Layer] = {}
-    for name, module in _rows(model):
+    for name, module in rows(model):
         # a convolution's quantizers are part of its row
         own = list(module.modules()) if isinstance(module, nn.Conv3d) else [module]
-        parameters = [p for inner in own for p in inner._parameters.values() if p is not None and not _seen(p, seen)]
-        buffers = [b for inner in own for b in inner._buffers.values() if b is not None and id(b) in stored]
-        buffers = [b for b in buffers if not _seen(b, seen)]
+        parameters = _unseen([p for inner in own for p in inner._parameters.values() if p is not None], seen)
+        buffers = _unseen([b for inner in own for b in inner._buffers.values() if id(b) in stored], seen)
         weight_bits, input_bits = _precision(module)
         if parameters or buffers or weight_bits is not None:
             layers[name] = Layer(
@@ -158,19 +141,11 @@ def _static_facts(model: nn.Module) -> dict[str, Layer]:
     return layers
 
 
-def _rows(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not (inside and name.startswith(inside)):
-            yield name, module
-            if isinstance(module, nn.Conv3d):
-                inside = (*inside, f"{name}.") if name else ("",)
-
-
-def _seen(tensor: Tensor, seen: set[int]) -> bool:
-    known = id(tensor) in seen
-    seen.add(id(tensor))
-    return known
+def _unseen(tensors: list[Any], seen: set[int]) -> list[Tensor]:
+    """Return the tensors that no layer before had, each once."""
+    new = {id(tensor): tensor for tensor in tensors if id(tensor) not in seen}
+    seen |= new.keys()
+    return list(new.values())
 
 
 def _numel(tensor: Tensor) -> int:
@@ -200,106 +175,3 @@ def _precision(module: nn.Module) -> tuple[int | None, int | None]:
     # identity says 32 bits: what it passes on has the width of the dtype
     activation = module.activation.activation_function.bit_width if isinstance(module, QConv3d) else full
     return min(module._weight_quantize.bit_width, full), min(activation, full)
-
-
-class _Runs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What ran: calls, shapes and MACs per module, and the operators without a formula."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.stack = [""]
-        self.calls: Counter[str] = Counter()
-        self.macs: Counter[str] = Counter()
-        self.operators: Counter[str] = Counter()
-        self.types: dict[str, str] = {}
-        self.shapes: dict[str, tuple[Shape | None, Shape | None]] = {}
-
-    def watch(self, model: nn.Module) -> None:
-        """Follow which module is running, by hooks."""
-        for name, module in _rows(model):
-            self.types[name] = type(module).__name__
-            module.register_forward_pre_hook(partial(self._enter, name))
-            module.register_forward_hook(partial(self._leave, name), with_kwargs=True, always_call=True)
-
-    def _enter(self, name: str, _module: nn.Module, _args: object) -> None:
-        self.stack.append(name)
-
-    def _leave(self, name: str, _module: nn.Module, args: object, kwargs: object, output: object) -> None:
-        self.stack.pop()
-        self.calls[name] += 1
-        self.shapes.setdefault(name, (_shape((args, kwargs)), _shape(output)))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        operator = func._overloadpacket
-        formula: Any = flop_registry.get(operator)
-        if formula is None:
-            with self:  # under inference_mode, composite operators arrive whole
-                output = func.decompose(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
-        output = func(*args, **kwargs)
-        if formula is not None:
-            self.macs[self.stack[-1]] += formula(*args, **kwargs, out_val=output) // 2
-        elif not func.is_view and any(isinstance(value, Tensor) for value in pytree.tree_leaves((args, kwargs))):
-            self.operators[str(operator)] += 1
-        return output
-
-
-def _shape(value: object) -> Shape | None:
-    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return tuple(tensors[0].shape) if tensors else None
-
-
-def _run(model: nn.Module, example_inputs: Any) -> _Runs:
-    """Run the model once on fake tensors; where that cannot be done, for real on a copy."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with fake:
-            inputs = pytree.tree_map_only(Tensor, fake.from_tensor, example_inputs)
-            return _watched(structural_copy(model), inputs)
-    except Exception:  # noqa: BLE001 (value-dependent code fails in any way; the real run below tells a true failure)
-        with torch.random.fork_rng(), _python_rng():
-            inputs = pytree.tree_map_only(Tensor, torch.clone, example_inputs)
-            try:
-                return _watched(copied(model), inputs)
-            except Exception as error:
-                raise InputError(_failure(model, example_inputs, error)) from error
-
-
-def _watched(model: nn.Module, inputs: Any) -> _Runs:
-    """Run the model, a copy that nobody else uses, in evaluation mode."""
-    args, kwargs = _arguments(inputs)
-    runs = _Runs()
-    runs.watch(model.eval())
-    with torch.no_grad(), runs:
-        model(*args, **kwargs)
-    return runs
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tuple holds the arguments, a dict the keyword arguments; anything else is the one argument."""
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs,), {}
-
-
-@contextmanager
-def _python_rng() -> Iterator[None]:
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-
-
-def _failure(model: nn.Module, example_inputs: Any, error: Exception) -> str:
-    shapes = [f"{tuple(t.shape)} {t.dtype}" for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)]
-    first_line = next(iter(str(error).splitlines()), "")
-    return (
-        f"{type(model).__name__} does not run on the example input {', '.join(shapes) or repr(example_inputs)}: "
-        f"{type(error).__name__}: {first_line}. Pass example_inputs that fit: a tensor, a tuple of arguments "
-        "or a dict of keyword arguments"
-    )

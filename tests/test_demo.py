@@ -1,0 +1,16 @@
+"""The demo runs on the pretrained TransNetV2 and its video."""
+
+import re
+
+from qconvert.demo import run_demo
+
+
+def test_demo_says_what_the_user_sees(capsys):
+    said = []
+    run_demo(100, said.append)
+    assert capsys.readouterr().out.startswith("TransNetV2: 48 Conv3d found, 44 converted")
+    assert said[0] == "Looking for cuts in 100 frames, with the float model and with the converted one ..."
+    assert len(said) == 3
+    found = re.fullmatch(r"The float model finds (\d+) cuts; the converted one, .* not trained yet, (\d+)\.", said[1])
+    assert found
+    assert int(found[1]) > 0
