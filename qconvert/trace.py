@@ -94,22 +94,26 @@ def structural_copy(model: nn.Module, shared_modules: Iterable[nn.Module] = ()) 
         ModelError: if the model holds something that copy.deepcopy cannot copy.
     """
     shared: dict[int, Any] = {id(module): module for module in shared_modules}
-    shared |= {
-        id(tensor): tensor
-        for module in model.modules()
-        for owner in (module._parameters, module._buffers, vars(module))
-        for tensor in owner.values()
-        if isinstance(tensor, torch.Tensor)
-    }
-    return copied(model, shared)
+    return _deepcopy(model, shared | {id(tensor): tensor for tensor in _tensors(model)})
 
 
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return ``copy.deepcopy(model, memo)``.
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy of the model.
 
     Raises:
-        ModelError: with the cause, if the model holds something that cannot be copied.
+        ModelError: if the model holds something that copy.deepcopy cannot copy.
     """
+    # weights that a hook computes (weight_norm, prune) are no leaves, which deepcopy refuses; the hook makes them anew
+    return _deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in _tensors(model) if not tensor.is_leaf})
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        for owner in (module._parameters, module._buffers, vars(module)):
+            yield from (value for value in owner.values() if isinstance(value, torch.Tensor))
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:

@@ -136,7 +136,7 @@ def _static_facts(model: nn.Module) -> dict[str, Layer]:
                 input_bits,
                 parameters=sum(_numel(p) for p in parameters),
                 parameter_bits=sum(_numel(p) * bits[id(p)] for p in parameters),
-                buffer_bits=sum(_numel(b) * b.element_size() * 8 for b in buffers),
+                buffer_bits=sum(_numel(b) * b.dtype.itemsize * 8 for b in buffers),
             )
     return layers
 
@@ -159,7 +159,7 @@ def _bits_per_value(model: nn.Module) -> dict[int, int]:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 quantized = isinstance(module, QConv3d_NoAct) and key == "weight"
-                own = (_precision(module)[0] if quantized else None) or parameter.element_size() * 8
+                own = (_precision(module)[0] if quantized else None) or parameter.dtype.itemsize * 8
                 bits[id(parameter)] = max(own, bits.get(id(parameter), 0))
     return bits
 
@@ -169,7 +169,7 @@ def _precision(module: nn.Module) -> tuple[int | None, int | None]:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None, None
-    full = weight.element_size() * 8
+    full = weight.dtype.itemsize * 8
     if not isinstance(module, QConv3d_NoAct):
         return full, full
     # identity says 32 bits: what it passes on has the width of the dtype
