@@ -12,7 +12,7 @@ test: $(VENV)/.test ## lint, types, documentation and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/pytest
 
 bench: $(VENV)/.test ## speed, as ratios measured side by side

@@ -32,7 +32,7 @@ def run_demo(frames: int, say: Callable[[str], object]) -> None:
     say(f"Looking for cuts in {len(clip)} frames, with the float model and with the converted one ...")
     before, after = _cuts(model, clip), _cuts(converted, clip)
     say(f"The float model finds {before} cuts; the converted one, with the same weights and not trained yet, {after}.")
-    say("It is the same class with the same methods and Parameters: train it as you trained the float model.")
+    say("It is the same class with the same methods and Parameters, and has yet to be trained to find them again.")
 
 
 def _video() -> Path:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import pickle
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -113,8 +114,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a parser fed with any bytes may raise anything; it is named as the cause
-        first_line = next(iter(str(error).splitlines()), "")
-        raise ModelError(f"{path} is not a checkpoint of tensors: {type(error).__name__}: {first_line}") from error
+        cause = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if isinstance(error, pickle.UnpicklingError):
+            cause = "it holds Python objects, which are never unpickled; save the model's state_dict() instead"
+        raise ModelError(f"{path} is not a checkpoint of tensors: {cause}") from error
     for key in _WEIGHT_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -132,6 +135,7 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     partial = path.with_name(f"{path.name}.partial")
     try:
         safetensors.torch.save_model(model, str(partial), metadata=dict(metadata))
+        partial.chmod(0o644)  # safetensors leaves its files readable by their owner only
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         partial.unlink(missing_ok=True)

@@ -44,13 +44,12 @@ def binarize(
         A model of the same class, with the same Parameters (of the copy, unless in place), state-dict keys, modes, hooks,
         devices and dtypes. Keys are added for what is learned beside the weights: ``<layer>.activation.threshold``,
         ``<layer>.scale``, ``<layer>.*.step`` (LSQ). A model wrapped in DataParallel, DDP or torch.compile comes back
-        without its wrapper, with a warning.
+        without its wrapper, with a warning. If anything fails, the model that came in is as it was.
 
     Raises:
         RuleError: if the rules do not read, or one selects nothing.
         ModelError: if there is no Conv3d, or the model cannot be copied or converted.
         InputError: if the model does not run on the example input.
-        In each case the model is as it was.
     """
     decided, plain = _planned(model, rules)
     if plain is not model:

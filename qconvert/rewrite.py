@@ -11,7 +11,8 @@ from torch import nn
 
 from .errors import QConvertError, QuantizerError, RuleError
 from .layers import QConv3d
-from .quantizations import Quantization, quantizer
+from .layers.subclass import own_state
+from .quantizations import Identity, Quantization, quantizer
 from .rules import Decision, Plan, Rules
 from .tables import Quantizer
 
@@ -55,7 +56,7 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
     layers = [(model.get_submodule(decision.site.name), _new_layer(model, decision)) for decision in plan.converted]
     with ExitStack() as undo:
         for old, new in layers:
-            undo.callback(_restore, old, type(old), _state(old))
+            undo.callback(_restore, old, type(old), own_state(old))
             _become(old, new)
         undo.pop_all()
     vars(model)[_PLAN_ATTRIBUTE] = plan
@@ -70,23 +71,22 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 def _new_layer(model: nn.Module, decision: Decision) -> QConv3d:
     conv = model.get_submodule(decision.site.name)
-    threshold = decision.input.threshold
+    threshold, window = decision.input.threshold, decision.gradient_cancellation_threshold
     try:
+        inputs = build(decision.input)
+        if window is None:
+            window = 0.0 if isinstance(inputs, Identity) else 1.0  # a float input has no range to stay in
         return QConv3d.from_float(
             conv,  # type: ignore[arg-type]  # the trace found it to be a Conv3d
-            input_quantization=build(decision.input),
+            input_quantization=inputs,
             weight_quantization=build(decision.weight),
-            gradient_cancellation_threshold=decision.gradient_cancellation_threshold,
+            gradient_cancellation_threshold=window,
             pad_value=decision.pad_value,
             threshold=0.0 if threshold == "channel" else threshold,
             scale=decision.weight.scale,
         )
     except QConvertError as error:
         raise type(error)(f"layer {decision.site.name!r} ({decision.rule}): {error}") from error
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    return {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
 
 
 def _become(old: nn.Module, new: nn.Module) -> None:
@@ -101,7 +101,7 @@ def _restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> 
         del attributes[key]
     for key, value in state.items():
         present = attributes.get(key)
-        if isinstance(present, dict) and isinstance(value, dict):
+        if isinstance(present, (dict, set)) and type(present) is type(value):
             # the same dict object: a hook's handle finds its hook there
             present.clear()
             present.update(value)

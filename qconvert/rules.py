@@ -39,7 +39,7 @@ class Decision:
     Attributes:
         site: the convolution.
         convert: whether it becomes a QConv3d.
-        weight, input, gradient_cancellation_threshold, pad_value: the settings of the QConv3d.
+        weight, input, gradient_cancellation_threshold, pad_value: the settings of the QConv3d; None is its default.
         rule: label of the last rule that had a say ("" for none).
         reason: why.
     """
@@ -50,7 +50,7 @@ class Decision:
     reason: str
     weight: Quantizer = Quantizer(quantizer="sign")
     input: Quantizer = Quantizer(quantizer="sign")
-    gradient_cancellation_threshold: float = 1.0
+    gradient_cancellation_threshold: float | None = None
     pad_value: float | None = None
 
 
@@ -189,17 +189,19 @@ def _decide(site: Site, rules: Rules) -> Decision:
     if site.kind != CONV3D:
         return Decision(site, False, "", f"not a Conv3d ({site.kind})")
     sets: dict[str, Any] = {}
-    last = ""
+    last = decided = reason = ""
     for label, rule in rules.rules:
         if rule.selects(site):
             sets |= rule.sets
             last = label
+            if rule.quantize is not None:
+                decided, reason = label, sets.get("reason", "")
     quantize = sets.pop("quantize", "weight" in sets or "input" in sets)
-    reason = sets.pop("reason", None)
+    last_reason = sets.pop("reason", "")
     if site.converted:
         return Decision(site, False, last, "already a QConv3d, left as it is")
     if quantize and site.blocker is not None:
         return Decision(site, False, last, site.blocker)
     if not quantize:
-        return Decision(site, False, last, reason or ("quantize = false" if last else "no rule selects it"))
-    return Decision(site, True, last, reason or "selected", **sets)
+        return Decision(site, False, decided or last, reason or ("quantize = false" if last else "no rule selects it"))
+    return Decision(site, True, last, last_reason or "selected", **sets)

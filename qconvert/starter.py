@@ -10,7 +10,7 @@ from .trace import trace
 
 _EXCEPTIONS = {
     "first": "reads the raw input",
-    "last": "makes the model's output",
+    "last": "no Conv3d behind it",
     "shortcut": "keeps a float path around the block",
 }
 

@@ -104,13 +104,16 @@ class Rule(_Table):
     max_in_channels: int | None = Field(None, ge=0, description="At most this many input channels.")
     min_parameters: int | None = Field(None, ge=0, description="At least this many weights and biases.")
 
-    quantize: bool | None = Field(None, description="Whether the layer is converted. Setting weight or input implies true.")
+    quantize: bool | None = Field(
+        None, description="Whether the layer is converted. Where no rule sets it: whether one sets weight or input."
+    )
     weight: QuantizerField | None = Field(None, description="Quantizer of the weight. sign where no rule sets it.")
     input: QuantizerField | None = Field(None, description="Quantizer of the input. sign where no rule sets it.")
     gradient_cancellation_threshold: Finite | None = Field(
         None,
         ge=0,
-        description="Input gradients pass where |x - threshold| is at most this; 0 is off. 1 where no rule sets it.",
+        description="Input gradients pass where |x - threshold| is at most this; 0 is off. "
+        "Where no rule sets it: 1, or off for an identity input.",
     )
     pad_value: Finite | None = Field(
         None, description="Value of the zeros-padding. Where no rule sets it: -1 for a 1-bit input, else 0."

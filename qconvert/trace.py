@@ -6,11 +6,13 @@ a forward cannot be traced, that module becomes one opaque node, and its childre
 
 import copy
 import inspect
+import random
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import ModelError
-from .layers import QConv3d_NoAct
+from .layers import QConv3d_NoAct, obstacle
+from .rng import preserved_rng
 from .roles import RegionGraph, roles_of
 from .sites import CONV3D, Opaque, Site
 
@@ -66,7 +69,10 @@ def trace(model: nn.Module) -> Traced:
     # what a forward does to Python state while it is traced (caches, counters) happens to a copy; leaves do not run
     is_leaf = _Tracer().is_leaf_module
     leaves = [module for name, module in model.named_modules() if is_leaf(module, name)]
-    graphs, opaque = _Regions(structural_copy(model, leaves)).trace()
+    with preserved_rng():
+        random.seed(0)  # a forward that draws takes the same branch each time
+        torch.manual_seed(0)
+        graphs, opaque = _Regions(structural_copy(model, leaves)).trace()
     return Traced(model, graphs, tuple(opaque), tuple(_sites(model, graphs)))
 
 
@@ -88,34 +94,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def structural_copy(model: nn.Module, shared_modules: Iterable[nn.Module] = ()) -> nn.Module:
-    """Return a copy of the module tree and its Python state that shares every tensor, and the modules named, of the model.
+    """Return a copy of the module tree and its Python state that shares Parameters, buffers and the modules named.
 
     Raises:
         ModelError: if the model holds something that copy.deepcopy cannot copy.
     """
     shared: dict[int, Any] = {id(module): module for module in shared_modules}
-    return _deepcopy(model, shared | {id(tensor): tensor for tensor in _tensors(model)})
+    for module in model.modules():
+        registered = (*module._parameters.values(), *module._buffers.values())
+        shared.update((id(tensor), tensor) for tensor in registered if tensor is not None)
+    return copied(model, shared)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy of the model.
+def copied(model: nn.Module, memo: Mapping[int, Any] = MappingProxyType({})) -> nn.Module:
+    """Return a deep copy of the model, in which the objects whose id is in ``memo`` are replaced by what it says.
 
     Raises:
         ModelError: if the model holds something that copy.deepcopy cannot copy.
     """
     # weights that a hook computes (weight_norm, prune) are no leaves, which deepcopy refuses; the hook makes them anew
-    return _deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in _tensors(model) if not tensor.is_leaf})
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    for module in model.modules():
-        for owner in (module._parameters, module._buffers, vars(module)):
-            yield from (value for value in owner.values() if isinstance(value, torch.Tensor))
-
-
-def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    computed = {id(tensor): tensor.detach().clone() for tensor in plain if not tensor.is_leaf}
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, computed | dict(memo))
     except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         message = f"copy.deepcopy({type(model).__name__}) fails: {type(error).__name__}: {error}"
         raise ModelError(f"{message}. Remove what cannot be copied from the model before the conversion") from error
@@ -253,7 +254,7 @@ def _site(conv: nn.Conv3d | nn.ConvTranspose3d, name: str, aliases: tuple[str, .
         tuple(conv.kernel_size),
         _parameters(conv),
         roles,
-        None if converted else _blocker(conv) if isinstance(conv, nn.Conv3d) else "not a Conv3d",
+        None if converted else obstacle(conv) if isinstance(conv, nn.Conv3d) else "not a Conv3d",
         converted,
     )
 
@@ -261,23 +262,3 @@ def _site(conv: nn.Conv3d | nn.ConvTranspose3d, name: str, aliases: tuple[str, .
 def _parameters(module: nn.Module) -> int:
     tensors = list(module.parameters())
     return sum(0 if isinstance(p, nn.UninitializedParameter) else p.numel() for p in tensors)
-
-
-def _blocker(conv: nn.Conv3d) -> str | None:
-    """Return why this Conv3d cannot become a QConv3d, or None.
-
-    A subclass with a forward of its own is convertible if that forward ends in Conv3d's, as far as its code names it.
-    """
-    if isinstance(conv._parameters.get("weight"), nn.UninitializedParameter):
-        return "no weight yet (a lazy module): run the model once before converting it"
-    for cls in type(conv).__mro__[: type(conv).__mro__.index(nn.Conv3d)]:
-        for method in ("forward", "_conv_forward"):
-            function = vars(cls).get(method)
-            if function is not None and not _names_convolution(function):
-                return f"{cls.__name__}.{method} never reaches nn.Conv3d.forward"
-    return None
-
-
-def _names_convolution(function: Any) -> bool:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is not None and not {"forward", "_conv_forward"}.isdisjoint(code.co_names)

@@ -101,7 +101,7 @@ def test_quantize_false_stays_when_a_later_rule_sets_a_quantizer():
 def test_quantize_true_alone_is_sign_and_sign():
     decision = match(SITES, load_rules({"rule": [{"quantize": True}]})).decisions[0]
     assert (decision.convert, decision.weight.quantizer, decision.input.quantizer) == (True, "sign", "sign")
-    assert decision.gradient_cancellation_threshold == 1.0
+    assert decision.gradient_cancellation_threshold is None
     assert decision.pad_value is None
 
 

@@ -2,5 +2,6 @@
 
 from .qactivation import QActivation
 from .qconv3d import QConv3d, QConv3d_NoAct, conv3d
+from .subclass import obstacle
 
-__all__ = ["QActivation", "QConv3d", "QConv3d_NoAct", "conv3d"]
+__all__ = ["QActivation", "QConv3d", "QConv3d_NoAct", "conv3d", "obstacle"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantizerError
 from ..quantizations import Quantization, quantizer
-from ..quantizations.operators import elementwise_operator
+from ..quantizations.operators import quantizer_operator
 
 
 def _gradient_window(x: Tensor, threshold: float) -> Tensor:
@@ -18,7 +18,7 @@ def _inside(grad_output: Tensor, x: Tensor, threshold: float) -> Tensor:
     return torch.where(torch.abs(x) <= threshold, grad_output, 0.0)
 
 
-gradient_window = elementwise_operator("gradient_window", _gradient_window, _inside)
+gradient_window = quantizer_operator("gradient_window", _gradient_window, _inside)
 
 
 class QActivation(nn.Module):

@@ -1,6 +1,6 @@
 """`QConv3d` and `QConv3d_NoAct`: 3D convolution with quantized weights and inputs."""
 
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
 from .qactivation import QActivation
-from .subclass import quantized_class
+from .subclass import obstacle, own_state, quantized_class
 
+Part = TypeVar("Part", bound=nn.Module)
 Size = int | tuple[int, ...]
 """A number for all of D, H, W, or one for each."""
 
@@ -42,11 +43,13 @@ def _padding_amounts(padding: str | Size, weight: Tensor, dilation: Size) -> lis
     if padding == "valid":
         return [0] * 6
     if padding == "same":
-        totals = [step * (size - 1) for step, size in zip(_triple(dilation), weight.shape[-3:], strict=True)]
+        # one size after the other: under torch.fx the shape is a Proxy, which cannot be iterated over
+        sizes = [weight.shape[dim] for dim in (-3, -2, -1)]
+        totals = [step * (size - 1) for step, size in zip(_triple(dilation), sizes, strict=True)]
         # an even kernel takes the odd value on the right, as torch does
         return [amount for total in reversed(totals) for amount in (total // 2, total - total // 2)]
-    sizes = _triple(padding)  # type: ignore[arg-type]  # no other words are valid
-    return [size for size in reversed(sizes) for _ in range(2)]
+    amounts = _triple(padding)  # type: ignore[arg-type]  # no other words are valid
+    return [amount for amount in reversed(amounts) for _ in range(2)]
 
 
 def _triple(size: Size) -> tuple[int, ...]:
@@ -72,7 +75,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as Conv3d.
         bias: as Conv3d, but off by default.
         weight_quantization: quantizer of the weight, by name or as a module.
-        pad_value: value of the border; None is -1, the value of a binary input that has a 1-bit code.
+        pad_value: value of the border; None is -1, which has a 1-bit code where the input is binary.
         scale: ``"channel"`` for a learned factor per output channel, None for none.
 
     Raises:
@@ -124,17 +127,17 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
             settings: the keyword-only arguments of the constructor.
 
         Raises:
-            ModelError: if ``conv`` is no Conv3d or has no weight yet.
+            ModelError: if ``conv`` is no Conv3d, or one that cannot be quantized (`obstacle` says why).
             QuantizerError: as the constructor.
         """
         if not isinstance(conv, nn.Conv3d):
             raise ModelError(f"from_float takes a Conv3d, got {type(conv).__name__}")
-        if isinstance(conv.weight, nn.UninitializedParameter):
-            raise ModelError(f"this {type(conv).__name__} has no weight yet: run the model once before converting it")
+        hindrance = None if isinstance(conv, QConv3d_NoAct) else obstacle(conv)
+        if hindrance is not None:
+            raise ModelError(f"this {type(conv).__name__} cannot be quantized: {hindrance}")
         layer_class: type[Self] = quantized_class(type(conv), cls)
         layer = layer_class.__new__(layer_class)
-        # a module's state is its __dict__; its own dicts (parameters, hooks, ...) must not be shared with the old layer
-        layer.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in vars(conv).items()})
+        vars(layer).update(own_state(conv))
         layer._quantize(**settings)
         return layer
 
@@ -150,12 +153,16 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
     def _quantize_weights(self, quantization: str | Quantization, pad_value: float | None, scale: str | None) -> None:
         if scale not in (None, "channel"):
             raise QuantizerError(f'scale must be "channel" or None, got {scale!r}')
-        self._weight_quantize = quantizer(quantization)
+        self._weight_quantize = self._placed(quantizer(quantization))
         self._weight_quantize.start_from(self.weight)
         self.pad_value = self._default_pad_value if pad_value is None else float(pad_value)
         self.register_parameter(
             "scale", None if scale is None else nn.Parameter(self._weight_quantize.fitted_scale(self.weight))
         )
+
+    def _placed(self, module: Part) -> Part:
+        """Return the module where the layer is: on its device, in its dtype and its mode."""
+        return module.to(self.weight.device, self.weight.dtype).train(self.training)
 
     def reset_parameters(self) -> None:
         """Start the weight anew (Xavier normal), and what depends on it."""
@@ -201,7 +208,7 @@ class QConv3d(QConv3d_NoAct):
     """3D convolution with quantized weights and inputs.
 
     Forward: ``y = scale * conv3d(pad(Q_in(x - threshold)), Q_w(weight)) + bias``. The border is added after the input
-    quantizer, so a binary layer pads with -1 (a value that has a 1-bit code) and any other with 0.
+    quantizer: -1 where that has 1 bit, 0 where it has more.
     Gradient: to the input that of Q_in where ``|x - threshold| <= gradient_cancellation_threshold``, else 0; to the latent
     weight that of Q_w.
 
@@ -285,10 +292,10 @@ class QConv3d(QConv3d_NoAct):
         threshold: float | Tensor | None,
         pad_value: float | None,
     ) -> None:
-        device, dtype = self.weight.device, self.weight.dtype
         if threshold is not None:
-            threshold = torch.as_tensor(threshold, device=device, dtype=dtype).expand(self.in_channels).clone()
-        self.activation = QActivation(quantization, window, threshold=threshold).to(device, dtype)
+            threshold = torch.as_tensor(threshold, device=self.weight.device, dtype=self.weight.dtype)
+            threshold = threshold.expand(self.in_channels).clone()
+        self.activation = self._placed(QActivation(quantization, window, threshold=threshold))
         if pad_value is None and self.activation.activation_function.bit_width != 1:
             self.pad_value = 0.0
 

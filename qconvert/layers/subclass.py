@@ -1,5 +1,6 @@
-"""The quantized counterpart of a Conv3d subclass."""
+"""Conv3d subclasses: whether one can be quantized, and the class that it becomes."""
 
+import inspect
 import types
 from typing import Any, TypeVar
 
@@ -38,3 +39,37 @@ def _derived(base: type[nn.Conv3d], layer: type[nn.Conv3d]) -> type:
 def _empty(base: type[nn.Conv3d], layer: type[Layer]) -> Layer:
     counterpart = quantized_class(base, layer)
     return counterpart.__new__(counterpart)
+
+
+def own_state(module: nn.Module) -> dict[str, Any]:
+    """Return the module's attributes, for another module: with dicts and sets (parameters, hooks, ...) of their own."""
+    return {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in vars(module).items()}
+
+
+_NEW_ATTRIBUTES = ("_weight_quantize", "pad_value", "scale", "activation")
+"""What a QConv3d has beside the attributes of a Conv3d."""
+
+
+def obstacle(conv: nn.Conv3d) -> str | None:
+    """Return why this Conv3d cannot become a quantized one, or None.
+
+    A subclass with a forward of its own can if that forward ends in Conv3d's, as far as its code names it.
+    """
+    if isinstance(conv._parameters.get("weight"), nn.UninitializedParameter):
+        return "no weight yet (a lazy module): run the model once before converting it"
+    for cls in type(conv).__mro__[: type(conv).__mro__.index(nn.Conv3d)]:
+        for method in ("forward", "_conv_forward"):
+            function = vars(cls).get(method)
+            if function is not None and not _names_convolution(function, type(conv)):
+                return f"{cls.__name__}.{method} never reaches nn.Conv3d.forward"
+    taken = [name for name in _NEW_ATTRIBUTES if hasattr(conv, name)]
+    return f"it has attributes of its own named {', '.join(taken)}, which a QConv3d needs" if taken else None
+
+
+def _names_convolution(function: Any, cls: type[nn.Conv3d]) -> bool:
+    """Whether the code names ``_conv_forward``, or ``forward`` of super() or of a base class."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return False
+    bases = {"super", *(base.__name__ for base in cls.__mro__)}
+    return "_conv_forward" in code.co_names or ("forward" in code.co_names and not bases.isdisjoint(code.co_names))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import BinaryQuantization
-from .operators import elementwise_operator
+from .operators import quantizer_operator
 from .sign import binary
 
 
@@ -17,7 +17,7 @@ def _triangle(grad_output: Tensor, x: Tensor) -> Tensor:
     return (2.0 - 2.0 * magnitude) * (magnitude <= 1) * grad_output
 
 
-approx_sign = elementwise_operator("approx_sign", _approx_sign, _triangle)
+approx_sign = quantizer_operator("approx_sign", _approx_sign, _triangle)
 
 
 class ApproxSign(BinaryQuantization):

@@ -49,10 +49,11 @@ class Quantization(nn.Module):
 
         Least squares: ``<w, q> / <q, q>`` over each output channel, 1 where q is 0.
         """
-        quantized = self(weight)
-        dot = (weight * quantized).flatten(1).sum(1)
-        square = (quantized * quantized).flatten(1).sum(1)
-        return torch.where(square > 0, dot / square, 1.0)
+        quantized = self(weight).flatten(1)
+        wide = torch.promote_types(weight.dtype, torch.float32)  # in half, a sum of squares overflows
+        dot = (weight.flatten(1) * quantized).sum(1, dtype=wide)
+        square = (quantized * quantized).sum(1, dtype=wide)
+        return torch.where(square > 0, dot / square, 1.0).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``quantize(x)``."""

@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from .base import Quantization, check_bits
-from .operators import elementwise_operator
+from .operators import quantizer_operator
 
 
 def _weight_dorefa(x: Tensor, levels: int) -> Tensor:
+    if x.numel() == 0:
+        return x.clone()
     squashed = torch.tanh(x)
     largest = torch.max(torch.abs(squashed))
     # weights that are all 0 have no largest one to divide by; they round to the middle levels instead of NaN
-    unit = squashed / (2.0 * torch.where(largest > 0, largest, 1.0)) + 0.5
+    unit = squashed / (2.0 * torch.where(largest == 0, 1.0, largest)) + 0.5
     return 2.0 * (torch.round(unit * levels) / levels) - 1.0
 
 
@@ -19,8 +21,8 @@ def _input_dorefa(x: Tensor, levels: int) -> Tensor:
     return torch.round(torch.clamp(x, 0, 1) * levels) / levels
 
 
-weight_dorefa = elementwise_operator("weight_dorefa", _weight_dorefa)
-input_dorefa = elementwise_operator("input_dorefa", _input_dorefa)
+weight_dorefa = quantizer_operator("weight_dorefa", _weight_dorefa, elementwise=False)
+input_dorefa = quantizer_operator("input_dorefa", _input_dorefa)
 
 
 class WeightDoReFa(Quantization):

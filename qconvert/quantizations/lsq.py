@@ -75,10 +75,11 @@ class LSQ(Quantization):
         mean_magnitude_of_standard_normal = math.sqrt(2 / math.pi)
         self.step = nn.Parameter(torch.tensor(2 * mean_magnitude_of_standard_normal / math.sqrt(self.highest)))
 
+    @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
         """Set the step to ``2 mean|weight| / sqrt(p)``; weights that are all 0 leave it as it is."""
-        step = 2 * weight.detach().abs().mean() / math.sqrt(self.highest)
-        self.step = nn.Parameter(torch.where(step > 0, step, self.step.detach().to(step)))
+        step = 2 * weight.abs().mean() / math.sqrt(self.highest)
+        self.step.copy_(torch.where(step > 0, step, self.step))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return ``x`` on the multiples of the step."""

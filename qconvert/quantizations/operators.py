@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 
-def elementwise_operator(
+def quantizer_operator(
     name: str,
     forward: Callable[..., Tensor],
     gradient: Callable[..., Tensor] | None = None,
+    *,
+    elementwise: bool = True,
 ) -> Callable[..., Tensor]:
     """Register ``forward(x, *settings)`` with its gradient under the name ``qconvert::name``.
 
@@ -26,6 +28,7 @@ def elementwise_operator(
         forward: the arithmetic, with type annotations; ``settings`` are numbers.
         gradient: ``gradient(grad_output, x, *settings)``. None is the plain straight-through estimator, dy/dx = 1
             (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), which keeps nothing for the backward pass.
+        elementwise: whether a value depends on no other value of the tensor, so that a batch under vmap is one tensor.
     """
     operator = torch.library.custom_op(f"qconvert::{name}", forward, mutates_args=())
 
@@ -44,7 +47,10 @@ def elementwise_operator(
         return gradient(grad_output, *ctx.saved_tensors, *ctx.settings), *numbers
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *settings: float) -> tuple[Tensor, int | None]:
-        return operator(x, *settings), in_dims[0]
+        dim = in_dims[0]
+        if elementwise or dim is None:
+            return operator(x, *settings), dim
+        return torch.stack([operator(sample, *settings) for sample in x.unbind(dim)], dim), dim
 
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=keep)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import QuantizerError
 from .base import BinaryQuantization
-from .operators import elementwise_operator
+from .operators import quantizer_operator
 from .sign import sign
 
 EPSILON = 1e-7
@@ -18,7 +18,7 @@ def _ramp(x: Tensor, half_width: float) -> Tensor:
     return F.hardtanh(x / half_width)
 
 
-ramp = elementwise_operator("ramp", _ramp)
+ramp = quantizer_operator("ramp", _ramp)
 
 
 class ProgressiveSign(BinaryQuantization):

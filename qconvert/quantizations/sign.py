@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import BinaryQuantization
-from .operators import elementwise_operator
+from .operators import quantizer_operator
 
 
 def binary(x: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def _sign(x: Tensor) -> Tensor:
     return binary(x)
 
 
-sign = elementwise_operator("sign", _sign)
+sign = quantizer_operator("sign", _sign)
 
 
 class Sign(BinaryQuantization):

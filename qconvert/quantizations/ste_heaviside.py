@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import BinaryQuantization
-from .operators import elementwise_operator
+from .operators import quantizer_operator
 
 
 def _ste_heaviside(x: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def _window(grad_output: Tensor, x: Tensor) -> Tensor:
     return grad_output * (torch.abs(x) <= 1)
 
 
-ste_heaviside = elementwise_operator("ste_heaviside", _ste_heaviside, _window)
+ste_heaviside = quantizer_operator("ste_heaviside", _ste_heaviside, _window)
 
 
 class SteHeaviside(BinaryQuantization):

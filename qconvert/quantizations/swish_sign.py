@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..errors import QuantizerError
 from .base import BinaryQuantization
-from .operators import elementwise_operator
+from .operators import quantizer_operator
 from .sign import binary
 
 
@@ -18,7 +18,7 @@ def _swish(grad_output: Tensor, x: Tensor, beta: float) -> Tensor:
     return (beta * (2 - scaled * torch.tanh(scaled / 2))) / (1 + torch.cosh(scaled)) * grad_output
 
 
-swish_sign = elementwise_operator("swish_sign", _swish_sign, _swish)
+swish_sign = quantizer_operator("swish_sign", _swish_sign, _swish)
 
 
 class SwishSign(BinaryQuantization):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import Quantization
-from .operators import elementwise_operator
+from .operators import quantizer_operator
 
 TWN_FACTOR = 0.7
 """Share of the mean magnitude below which a weight becomes 0 (Li et al., eq. 5)."""
@@ -18,7 +18,7 @@ def _ternary(x: Tensor) -> Tensor:
     return torch.sign(x) * kept * level
 
 
-ternary = elementwise_operator("ternary", _ternary)
+ternary = quantizer_operator("ternary", _ternary, elementwise=False)
 
 
 class Ternary(Quantization):

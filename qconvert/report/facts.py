@@ -144,7 +144,7 @@ def _static_facts(model: nn.Module) -> dict[str, Layer]:
 def _unseen(tensors: list[Any], seen: set[int]) -> list[Tensor]:
     """Return the tensors that no layer before had, each once."""
     new = {id(tensor): tensor for tensor in tensors if id(tensor) not in seen}
-    seen |= new.keys()
+    seen.update(new)
     return list(new.values())
 
 

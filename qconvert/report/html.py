@@ -13,15 +13,15 @@ table { border-collapse: collapse; white-space: nowrap; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #e3e7ee; text-align: left; }
 th { position: sticky; top: 0; background: #fff; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.bar { display: grid; grid-template-columns: 16rem 1fr 6rem; gap: .7rem; align-items: center; font-size: 12px; }
-.bar span:first-child { overflow: hidden; text-overflow: ellipsis; }
-.bar span:last-child { text-align: right; }
+.bar { display: grid; grid-template-columns: 18rem 1fr 9rem; gap: .7rem; align-items: center; font-size: 12px; }
+.bar span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.bar span:last-child { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .track { display: block; height: .7rem; background: #f0f2f6; border-radius: .2rem; }
 .fill { display: block; height: 100%; background: #3566d6; border-radius: .2rem; }
 """
 
 _BAR_HEADERS = ("bits", "bits before", "bits after", "FLOPs", "FLOPs before", "FLOPs after", "BOPs", "BOPs after")
-_MOST_BARS = 30
+_MOST_BARS = 15
 
 
 def html_page(title: str, layers: Table, totals: Table, notes: list[str]) -> str:

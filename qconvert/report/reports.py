@@ -242,6 +242,6 @@ def _total_rows(*totals: Totals) -> list[tuple[Cell, ...]]:
 
 
 def _ratio(before: Cell, after: Cell) -> str:
-    if not isinstance(before, (int, float)) or not isinstance(after, (int, float)) or not after:
+    if not isinstance(before, (int, float)) or not isinstance(after, (int, float)) or not before or not after:
         return ""
     return f"{before / after:.2f} x"

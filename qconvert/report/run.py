@@ -4,7 +4,6 @@ It runs under FakeTensorMode, which computes shapes only. Multiply-accumulates c
 torch.utils.flop_counter (1 MAC = 2 FLOPs), and belong to the innermost layer that is running.
 """
 
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import InputError
-from ..trace import copied, structural_copy
+from ..rng import preserved_rng
+from ..trace import copied
 
 Shape = tuple[int, ...]
 
@@ -65,7 +65,7 @@ class Runs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         operator = func._overloadpacket
         formula: Any = flop_registry.get(operator)
-        if formula is None:
+        if formula is None and func.namespace == "aten":
             with self:  # under inference_mode, composite operators arrive whole
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
@@ -84,19 +84,41 @@ def _shape(value: object) -> Shape | None:
 
 
 def run(model: nn.Module, example_inputs: Any) -> Runs:
-    """Run the model once on fake tensors; where that cannot be done, for real on a copy."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with fake:
-            inputs = pytree.tree_map_only(Tensor, fake.from_tensor, example_inputs)
-            return _watched(structural_copy(model), inputs)
-    except Exception:  # noqa: BLE001 (value-dependent code fails in any way; the real run below tells a true failure)
-        with torch.random.fork_rng(), _python_rng():
+    """Run the model once on fake tensors; where that cannot be done, for real on a copy.
+
+    Raises:
+        InputError: if the model does not run on the inputs.
+    """
+    with preserved_rng(), _decomposed_attention():
+        try:
+            return _run_on_shapes(model, example_inputs)
+        except Exception:  # noqa: BLE001 (value-dependent code fails in any way; the real run below tells a true failure)
             inputs = pytree.tree_map_only(Tensor, torch.clone, example_inputs)
             try:
                 return _watched(copied(model), inputs)
             except Exception as error:
                 raise InputError(_failure(model, example_inputs, error)) from error
+
+
+def _run_on_shapes(model: nn.Module, example_inputs: Any) -> Runs:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # every tensor is replaced by a fake one: what the forward writes to a tensor is written to none of the model's
+    tensors = (*model.parameters(), *model.buffers())
+    shapes = copied(model, {id(tensor): fake.from_tensor(tensor) for tensor in tensors})
+    inputs = pytree.tree_map_only(Tensor, fake.from_tensor, example_inputs)
+    with fake:
+        return _watched(shapes, inputs)
+
+
+@contextmanager
+def _decomposed_attention() -> Iterator[None]:
+    """Switch off torch's fused attention for inference, an operator that has no MAC formula."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _watched(model: nn.Module, inputs: Any) -> Runs:
@@ -116,15 +138,6 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs,), {}
-
-
-@contextmanager
-def _python_rng() -> Iterator[None]:
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 def _failure(model: nn.Module, example_inputs: Any, error: Exception) -> str:

@@ -1,5 +1,8 @@
 """Tables as text: for a terminal, and for Markdown."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from tabulate import tabulate
 
 from .table import Cell, Table
@@ -35,13 +38,13 @@ def text_table(table: Table) -> str:
 
 def markdown_table(table: Table) -> str:
     """Return the whole table in GitHub's Markdown."""
-    return _tabulated(table, "github")
+    return _tabulated(table, "github", {"|": "\\|", "\n": " "})
 
 
-def _tabulated(table: Table, style: str) -> str:
+def _tabulated(table: Table, style: str, escapes: Mapping[str, str | int | None] = MappingProxyType({})) -> str:
     numeric = {
         column for column in range(len(table.headers)) if any(isinstance(row[column], (int, float)) for row in table.rows)
     }
     align = ["right" if column in numeric else "left" for column in range(len(table.headers))]
-    rows = [[shown(cell) for cell in row] for row in table.rows]
+    rows = [[shown(cell).translate(str.maketrans(dict(escapes))) for cell in row] for row in table.rows]
     return tabulate(rows, table.headers, tablefmt=style, colalign=align if rows else None, disable_numparse=True)
