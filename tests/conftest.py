@@ -1,0 +1,15 @@
+"""What every test gets: a fixed seed, and hypothesis without a clock or a database."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# no deadline: the first call of a torch operator is slow; derandomized: a failure is the same failure on every machine
+settings.register_profile("qconvert", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("qconvert")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Random tensors are the same in every run, whichever tests run."""
+    torch.manual_seed(0)
