@@ -73,7 +73,11 @@ class Runs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **kwargs)
         if formula is not None:
             self.macs[self.stack[-1]] += formula(*args, **kwargs, out_val=output) // 2
-        elif func.namespace != "prim" and not func.is_view and any(isinstance(value, Tensor) for value in pytree.tree_leaves((args, kwargs))):
+        elif (
+            func.namespace != "prim"
+            and not func.is_view
+            and any(isinstance(value, Tensor) for value in pytree.tree_leaves((args, kwargs)))
+        ):
             self.operators[str(operator)] += 1
         return output
 
