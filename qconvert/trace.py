@@ -94,16 +94,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def structural_copy(model: nn.Module, shared_modules: Iterable[nn.Module] = ()) -> nn.Module:
-    """Return a copy of the module tree and its Python state that shares Parameters, buffers and the modules named.
+    """Return a copy of the module tree, its buffers and its Python state that shares the Parameters and the modules named.
 
     Raises:
         ModelError: if the model holds something that copy.deepcopy cannot copy.
     """
-    shared: dict[int, Any] = {id(module): module for module in shared_modules}
-    for module in model.modules():
-        registered = (*module._parameters.values(), *module._buffers.values())
-        shared.update((id(tensor), tensor) for tensor in registered if tensor is not None)
-    return copied(model, shared)
+    shared = (*shared_modules, *model.parameters())
+    return copied(model, {id(each): each for each in shared})
 
 
 def copied(model: nn.Module, memo: Mapping[int, Any] = MappingProxyType({})) -> nn.Module:
@@ -112,11 +109,20 @@ def copied(model: nn.Module, memo: Mapping[int, Any] = MappingProxyType({})) -> 
     Raises:
         ModelError: if the model holds something that copy.deepcopy cannot copy.
     """
-    # weights that a hook computes (weight_norm, prune) are no leaves, which deepcopy refuses; the hook makes them anew
-    plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
-    computed = {id(tensor): tensor.detach().clone() for tensor in plain if not tensor.is_leaf}
     try:
-        return copy.deepcopy(model, computed | dict(memo))
+        return _deepcopied(model, dict(memo))
+    except ModelError as refused:
+        if not isinstance(refused.__cause__, RuntimeError):
+            raise
+    # deepcopy refuses tensors that are no leaves: weights that a hook computes (weight_norm, prune), outputs that are kept
+    held = (leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)))
+    computed = {id(leaf): leaf.detach().clone() for leaf in held if isinstance(leaf, torch.Tensor) and not leaf.is_leaf}
+    return _deepcopied(model, computed | dict(memo))
+
+
+def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         message = f"copy.deepcopy({type(model).__name__}) fails: {type(error).__name__}: {error}"
         raise ModelError(f"{message}. Remove what cannot be copied from the model before the conversion") from error
