@@ -30,9 +30,9 @@ def conv3d(
     """Convolve like `torch.nn.functional.conv3d`, padding with ``pad_value``.
 
     Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (O, C / groups, kD, kH, kW), output (N, O, D', H', W').
-    Where ``pad_value`` is 0 the convolution's own padding is used and nothing is copied.
+    Where ``pad_value`` is 0 the convolution's own padding is used, and nothing is copied then, nor where nothing is padded.
     """
-    if pad_value != 0.0:
+    if pad_value != 0.0 and padding not in (0, (0, 0, 0), "valid"):
         input = F.pad(input, _padding_amounts(padding, weight, dilation), value=pad_value)  # noqa: A001
         padding = 0
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)

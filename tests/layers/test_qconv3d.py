@@ -256,6 +256,13 @@ def test_border_of_zeros_costs_no_copy(monkeypatch, settings, padding):
     assert layer(torch.randn(1, 2, 4, 4, 4)).shape[1] == 2
 
 
+@pytest.mark.parametrize("padding", [0, (0, 0, 0), "valid"], ids=str)
+def test_no_border_costs_no_copy(monkeypatch, padding):
+    layer = QConv3d(2, 2, 1, padding=padding)
+    monkeypatch.setattr(torch.nn.functional, "pad", refuse_to_pad)
+    assert layer(torch.randn(1, 2, 4, 4, 4)).shape[1] == 2
+
+
 def test_other_borders_are_padded(monkeypatch):
     layer = QConv3d(2, 2, 3, padding=1)
     monkeypatch.setattr(torch.nn.functional, "pad", refuse_to_pad)
