@@ -148,7 +148,10 @@ def _check_suffix(path: Path | None, allowed: tuple[str, ...]) -> None:
 
 
 def _write(document: Report | Profile, path: Path) -> None:
-    path.write_text(getattr(document, _FORMATS[path.suffix])(), encoding="utf-8")
+    try:
+        path.write_text(getattr(document, _FORMATS[path.suffix])(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
     typer.echo(f"report written to {path}")
 
 
@@ -179,7 +182,10 @@ def _input(text: str) -> torch.Tensor:
     sizes = shape.split(",")
     if not isinstance(dtype, torch.dtype) or not all(size.strip().isdecimal() for size in sizes):
         raise InputError(f"--input takes sizes and a torch dtype, as 1,3,16,112,112 or 1,100,27,48,3:uint8, got {text!r}")
-    return torch.zeros([int(size) for size in sizes], dtype=dtype)
+    try:
+        return torch.zeros([int(size) for size in sizes], dtype=dtype)
+    except (RuntimeError, OverflowError, TypeError) as error:  # too large a size, too large a tensor
+        raise InputError(f"--input {text}: {next(iter(str(error).splitlines()), '')}") from error
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 import importlib
 import importlib.util
+import os
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,14 +35,18 @@ def build_model(spec: str, settings: Mapping[str, Any] | None = None) -> nn.Modu
     source, _, name = spec.partition(":")
     if not source or not name:
         raise ModelError(f"MODEL is package.module:callable or file.py:callable, got {spec!r}")
-    module = _imported(source)
+    with _importing_beside(source):
+        return _built(_imported(source), source, name, settings or {})
+
+
+def _built(module: ModuleType, source: str, name: str, settings: Mapping[str, Any]) -> nn.Module:
     build: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(build):
         public = [key for key in vars(module) if not key.startswith("_")]
         raise ModelError(f"{source} has no callable {name!r}.{did_you_mean(name, public)}")
-    call = f"{spec}({', '.join(f'{key}={value!r}' for key, value in (settings or {}).items())})"
+    call = f"{source}:{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
     try:
-        model = build(**(settings or {}))
+        model = build(**settings)
     except Exception as error:  # foreign code may raise anything; it is named as the cause
         raise ModelError(f"{call} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -48,15 +54,20 @@ def build_model(spec: str, settings: Mapping[str, Any] | None = None) -> nn.Modu
     return model
 
 
+@contextmanager
+def _importing_beside(source: str) -> Iterator[None]:
+    """Find the file's neighbours, or what lies in the working folder, as `python file.py` and `python -m` do."""
+    folder = str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def _imported(source: str) -> ModuleType:
     try:
-        if source.endswith(".py"):
-            return _imported_file(Path(source))
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; a console script has its own folder there
-        try:
-            return importlib.import_module(source)
-        finally:
-            sys.path.remove(str(Path.cwd()))
+        return _imported_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except Exception as error:  # foreign code may raise anything; it is named as the cause
         raise ModelError(f"cannot import {source!r}: {type(error).__name__}: {error}") from error
 
@@ -67,7 +78,11 @@ def _imported_file(path: Path) -> ModuleType:
         raise FileNotFoundError(f"no file {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # pickling and dataclasses look their module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
     return module
 
 
@@ -84,8 +99,11 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     weights = _read(path)
     nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")  # saved from DataParallel or DDP
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    # one tensor under several names: a file may hold it under one of them
+    present = {expected[key].data_ptr() for key in expected.keys() & weights.keys()}
+    missing = {key for key in expected.keys() - weights.keys() if expected[key].data_ptr() not in present}
     problems = [
-        *_listed("missing", expected.keys() - weights.keys()),
+        *_listed("missing", missing),
         *_listed("unexpected", weights.keys() - expected.keys()),
         *_listed(
             "of another shape",
@@ -98,7 +116,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     ]
     if problems:
         raise ModelError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)  # every name was compared above
 
 
 def _listed(what: str, names: set[str], most: int = 3) -> list[str]:
@@ -135,7 +153,9 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     partial = path.with_name(f"{path.name}.partial")
     try:
         safetensors.torch.save_model(model, str(partial), metadata=dict(metadata))
-        partial.chmod(0o644)  # safetensors leaves its files readable by their owner only
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)  # safetensors leaves its files readable by their owner only
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         partial.unlink(missing_ok=True)

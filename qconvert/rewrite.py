@@ -5,6 +5,7 @@ sees the conversion, and it keeps its Parameters.
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -59,8 +60,17 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
             undo.callback(_restore, old, type(old), own_state(old))
             _become(old, new)
         undo.pop_all()
-    vars(model)[_PLAN_ATTRIBUTE] = plan
+    vars(model)[_PLAN_ATTRIBUTE] = _with_earlier_decisions(plan, plan_of(model))
     return model
+
+
+def _with_earlier_decisions(plan: Plan, earlier: Plan | None) -> Plan:
+    """Return the plan in which layers that were converted before keep the decision that converted them."""
+    converted = {decision.site.name: decision for decision in earlier.converted} if earlier else {}
+    kept = (
+        converted.get(decision.site.name, decision) if decision.site.converted else decision for decision in plan.decisions
+    )
+    return replace(plan, decisions=tuple(kept))
 
 
 def plan_of(model: nn.Module) -> Plan | None:

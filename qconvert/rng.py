@@ -1,6 +1,7 @@
 """The random number generators, left as they were."""
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,11 +9,24 @@ import torch
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Restore the generators of torch and of Python when done: a user's forward may draw while it is traced or counted."""
+def preserved_rng(seed: int | None = None) -> Iterator[None]:
+    """Restore the generators of torch, Python and numpy when done: a user's forward may draw while it is traced or counted.
+
+    Args:
+        seed: what they start from meanwhile; None leaves them where they are.
+    """
+    numpy = sys.modules.get("numpy")  # no dependency; a forward that draws from it has imported it
     python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
+            if seed is not None:
+                random.seed(seed)
+                torch.manual_seed(seed)
+                if numpy:
+                    numpy.random.seed(seed)
             yield
         finally:
             random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)

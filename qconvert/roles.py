@@ -42,7 +42,7 @@ def roles_of(model: nn.Module, graphs: Mapping[str, RegionGraph]) -> dict[str, f
 
     first, last: no other Conv3d lies before (behind) it on the data path. Where a module cannot be traced, its children
     are taken in the order in which they are registered, each reading what the one before it returns.
-    shortcut: it lies on the branch of an addition that has the fewer convolutions.
+    shortcut: of the two branches from one value to an addition, it lies on the one that has the fewer convolutions.
     """
     roles: dict[str, set[str]] = {}
     walk = _Walk(model, graphs)
@@ -88,13 +88,16 @@ class _Flow:
     def __init__(self, region: RegionGraph, holders: set[str]) -> None:
         self.names: list[str] = []
         self.before: dict[fx.Node, int] = {}  # the convolutions that a node's value depends on
+        self._sources: dict[fx.Node, int] = {}  # all nodes that it depends on
         self._adds: list[fx.Node] = []
         has_source: list[bool] = []
         has_sink = 0
         for node in region.graph.nodes:
-            inputs = 0
+            inputs, sources = 0, 0 if node.op == "get_attr" else 1 << len(self._sources)
             for source in node.all_input_nodes:
                 inputs |= self.before[source]
+                sources |= self._sources[source]
+            self._sources[node] = sources
             name = region.module_of(node)
             if name is not None and name in holders:
                 has_sink |= inputs
@@ -109,6 +112,9 @@ class _Flow:
 
     def shortcuts(self) -> Iterator[str]:
         for add in self._adds:
+            left, right = (self._sources[operand] for operand in add.all_input_nodes)
+            if not left & right:
+                continue  # two streams that meet: no branch of one goes around the other
             left, right = (self.before[operand] for operand in add.all_input_nodes)
             branches = sorted((left & ~right, right & ~left), key=int.bit_count)
             if 0 < branches[0].bit_count() < branches[1].bit_count():
@@ -118,7 +124,7 @@ class _Flow:
 def _is_add(node: fx.Node) -> bool:
     adds = node.op == "call_function" and node.target in _ADD_FUNCTIONS
     adds = adds or (node.op == "call_method" and node.target in _ADD_METHODS)
-    return adds and len(node.all_input_nodes) == len(("left", "right"))
+    return adds and len(node.all_input_nodes) == 2  # noqa: PLR2004 (left and right)
 
 
 def _prefixes(name: str) -> Iterator[str]:

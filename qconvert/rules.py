@@ -72,7 +72,7 @@ class Plan:
         headers = ("layer", "type", "kernel", "in", "out", "role", "decision", "rule", "reason")
         table = tabulate([_shown(decision) for decision in self.decisions], headers, disable_numparse=True)
         sites = [decision.site for decision in self.decisions if decision.site.kind == CONV3D]
-        notes = [f"Not traceable: {entry.name or 'the model'} ({entry.type}): {entry.reason}" for entry in self.opaque]
+        notes = map(str, self.opaque)
         return "\n".join([table, "", f"{len(sites)} Conv3d found, {len(self.converted)} to convert.", *notes])
 
     def __str__(self) -> str:
@@ -121,13 +121,15 @@ def _load(name: str | Path, folder: Path, within: tuple[Path, ...]) -> Rules:
         raise RuleError(f"{path}: not TOML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RuleError(f"{path}: cannot be read: {error}") from error
-    return _resolved(validated(table, str(path)), path.name, path.parent, (*within, path))
+    return _resolved(validated(table, path.name), path.name, path.parent, (*within, path))
 
 
 def _found(name: str | Path, folder: Path) -> Path:
     bundled = bundled_rules()
     if str(name) in bundled:
         return bundled[str(name)]
+    if "\n" in str(name):
+        raise RuleError("rules must be a path, a bundled name or a dict; this looks like the text of a rule file")
     path = folder / name
     if path.is_file():
         return path.resolve()
@@ -189,19 +191,23 @@ def _decide(site: Site, rules: Rules) -> Decision:
     if site.kind != CONV3D:
         return Decision(site, False, "", f"not a Conv3d ({site.kind})")
     sets: dict[str, Any] = {}
-    last = decided = reason = ""
+    last = ""
+    refusal: tuple[str, str] | None = None  # the rule that says quantize = false, and its reason
     for label, rule in rules.rules:
         if rule.selects(site):
             sets |= rule.sets
             last = label
             if rule.quantize is not None:
-                decided, reason = label, sets.get("reason", "")
+                refusal = None if rule.quantize else (label, rule.reason or "quantize = false")
     quantize = sets.pop("quantize", "weight" in sets or "input" in sets)
-    last_reason = sets.pop("reason", "")
+    reason = sets.pop("reason", "")
     if site.converted:
         return Decision(site, False, last, "already a QConv3d, left as it is")
     if quantize and site.blocker is not None:
         return Decision(site, False, last, site.blocker)
+    if refusal is not None:
+        return Decision(site, False, *refusal)
     if not quantize:
-        return Decision(site, False, decided or last, reason or ("quantize = false" if last else "no rule selects it"))
-    return Decision(site, True, last, last_reason or "selected", **sets)
+        nothing = "no rule sets weight, input or quantize" if last else "no rule selects it"
+        return Decision(site, False, last, reason or nothing)
+    return Decision(site, True, last, reason or "selected", **sets)

@@ -65,6 +65,9 @@ class Opaque:
     type: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"Not traceable: {self.name or 'the model'} ({self.type}): {self.reason}"
+
 
 def conv3d_names(sites: Iterable[Site]) -> list[str]:
     """Return every name of every Conv3d among the sites."""

@@ -28,9 +28,7 @@ def _as_list(value: object) -> object:
 
 
 def _as_triple(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value] * 3
-    return list(value) if isinstance(value, tuple) else value
+    return [value] * 3 if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _as_table(value: object) -> object:
@@ -181,9 +179,16 @@ def validated(table: Mapping[str, Any], source: str) -> RuleFile:
         RuleError: with a line for each thing that is wrong, naming the source, rule and key.
     """
     try:
-        return RuleFile.model_validate(dict(table))
+        return RuleFile.model_validate(_with_lists(table))
     except ValidationError as error:
         raise RuleError("\n".join(dict.fromkeys(_worded(detail, source) for detail in error.errors()))) from error
+
+
+def _with_lists(value: object) -> object:
+    """Return what TOML would have given: lists where a dict made in Python has tuples."""
+    if isinstance(value, Mapping):
+        return {key: _with_lists(inner) for key, inner in value.items()}
+    return [_with_lists(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _worded(detail: Mapping[str, Any], source: str) -> str:

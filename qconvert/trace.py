@@ -6,7 +6,6 @@ a forward cannot be traced, that module becomes one opaque node, and its childre
 
 import copy
 import inspect
-import random
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -68,11 +67,13 @@ def trace(model: nn.Module) -> Traced:
     model = unwrapped(model)
     # what a forward does to Python state while it is traced (caches, counters) happens to a copy; leaves do not run
     is_leaf = _Tracer().is_leaf_module
-    leaves = [module for name, module in model.named_modules() if is_leaf(module, name)]
-    with preserved_rng():
-        random.seed(0)  # a forward that draws takes the same branch each time
-        torch.manual_seed(0)
-        graphs, opaque = _Regions(structural_copy(model, leaves)).trace()
+    leaves = {module for name, module in model.named_modules() if is_leaf(module, name)}
+    victim = structural_copy(model, leaves)
+    for module in set(victim.modules()) - leaves:
+        module._forward_hooks.clear()  # a user's hooks share their closures with the copy's, and wait for tensors
+        module._forward_pre_hooks.clear()
+    with preserved_rng(seed=0):  # a forward that draws takes the same branch each time
+        graphs, opaque = _Regions(victim).trace()
     return Traced(model, graphs, tuple(opaque), tuple(_sites(model, graphs)))
 
 
@@ -82,7 +83,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: if ``model`` is no module that can be converted.
     """
-    while isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+    while isinstance(model, _WRAPPERS) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod  # type: ignore[assignment]
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
@@ -213,10 +214,13 @@ def _holds_conv3d(module: nn.Module) -> bool:
 
 
 def _defaults(module: nn.Module) -> dict[str, Any] | None:
-    """Return the default arguments of the forward: what a caller who leaves them out gets, rather than a Proxy."""
+    """Return the default arguments of the forward: what a caller who leaves them out gets, rather than a Proxy.
+
+    Plain values only: fx takes containers apart into arguments of their own.
+    """
     parameters = inspect.signature(module.forward).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    return defaults or None
+    plain = (type(None), bool, int, float, str)
+    return {name: p.default for name, p in parameters.items() if isinstance(p.default, plain)} or None
 
 
 def _opaque(name: str, module: nn.Module, error: Exception) -> Opaque:

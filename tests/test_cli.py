@@ -84,6 +84,24 @@ def test_binarize_reports_and_writes(folder, capsys):
     assert not list(folder.glob("*.partial"))
 
 
+def test_a_model_file_finds_its_neighbours(folder, capsys):
+    (folder / "package").mkdir()
+    (folder / "package" / "blocks_beside.py").write_text(
+        "from torch import nn\ndef conv():\n    return nn.Conv3d(1, 1, 1)\n"
+    )
+    (folder / "package" / "late.py").write_text("def net():\n    from blocks_beside import conv\n    return conv()\n")
+    code, out, _ = run(capsys, "plan", "package/late.py:net", "-r", "bitorch")
+    assert (code, "1 Conv3d found, 1 to convert" in out) == (0, True)
+
+
+def test_weights_of_a_shared_layer_come_back(folder, capsys):
+    (folder / "shared.py").write_text(
+        "from torch import nn\ndef net():\n    conv = nn.Conv3d(1, 1, 1)\n    return nn.ModuleDict({'a': conv, 'b': conv})\n"
+    )
+    assert run(capsys, "binarize", "shared.py:net", "-r", "bitorch", "-o", "out.safetensors")[0] == 0
+    assert run(capsys, "plan", "shared.py:net", "-r", "bitorch", "--checkpoint", "out.safetensors")[0] == 0
+
+
 @pytest.mark.parametrize("suffix", ["html", "json", "md", "csv", "txt"])
 def test_report_formats(folder, capsys, suffix):
     code, _, _ = run(capsys, "profile", "nets:net", "-i", "1,1,4,4,4", "--report", f"out.{suffix}")
@@ -183,6 +201,7 @@ def write_bad_files(folder: Path) -> None:
         ("profile nets:net -i 1,2,4,4,4", "Sequential does not run on the example input (1, 2, 4, 4, 4) torch.float32"),
         ("profile nets:net -i 4,4", "does not run on the example input (4, 4)"),
         ("profile nets:net -i 1,x", "--input takes sizes and a torch dtype"),
+        ("profile nets:net -i 99999999999999999999,1", "--input 99999999999999999999,1: "),
         ("profile nets:net -i 1,2:float3", "--input takes sizes and a torch dtype"),
         ("profile nets:net --report out.pdf", "out.pdf: the file's name must end in .html or .json"),
         ("profile nets:net --report nowhere/out.md", "there is no folder nowhere"),
@@ -211,6 +230,13 @@ def test_mistakes_end_with_one_line_and_exit_code_2(folder, capsys, arguments, m
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (folder / "pwned").exists()
+
+
+def test_a_report_that_cannot_be_written(folder, capsys):
+    (folder / "folder.md").mkdir()
+    code, _, err = run(capsys, "profile", "nets:net", "--report", "folder.md")
+    assert code == 2
+    assert err.startswith("error: folder.md cannot be written: ")
 
 
 def test_the_installed_command_and_its_exit_code(folder):

@@ -158,6 +158,22 @@ def test_a_partly_converted_model_keeps_what_it_has():
     assert [type(module) for module in thrice] == [type(module) for module in twice]
 
 
+def test_a_second_conversion_keeps_the_reasons_of_the_first():
+    once = binarize(small(), {"rule": [{"layers": "0", "weight": "sign", "reason": "first"}]}, report=False)
+    twice = binarize(once, {"rule": [{"layers": "3", "weight": "sign", "reason": "second"}]}, report=False)
+    rows = {row.layer.name: (row.decision, row.reason) for row in qconvert.compare(small(), twice).rows}
+    assert (rows["0"], rows["3"]) == (("converted", "first"), ("converted", "second"))
+    assert rows["5"] == ("float", "no rule selects it")
+
+
+def test_what_is_added_to_a_frozen_layer_is_frozen():
+    model = small()
+    model[3].requires_grad_(requires_grad=False)
+    converted = binarize(model, CHANNELS, report=False)
+    assert not any(p.requires_grad for p in converted[3].parameters())
+    assert all(p.requires_grad for p in converted[5].parameters())
+
+
 def test_copies_and_pickles_of_a_converted_model(tmp_path):
     converted = binarize(small().eval(), CHANNELS, report=False)
     x = torch.randn(1, 1, 4, 4, 4)

@@ -87,11 +87,35 @@ def test_a_later_rule_overrides_key_by_key():
         }
     )
     stem, conv1, conv2, _, up = match(SITES, rules).decisions
-    assert (stem.convert, stem.rule, stem.reason) == (False, "rules, rule 4", "all")
+    assert (stem.convert, stem.rule, stem.reason) == (False, "rules, rule 4", "quantize = false")
     assert (conv1.weight.quantizer, conv1.weight.settings, conv1.input.quantizer) == ("ternary", {}, "identity")
     assert (conv1.pad_value, conv1.gradient_cancellation_threshold, conv1.reason) == (0, 2, "this one")
     assert (conv2.weight.quantizer, conv2.weight.settings, conv2.rule) == ("lsq", {"bits": 4}, "rules, rule 2")
     assert (up.convert, up.reason) == (False, "not a Conv3d (ConvTranspose3d)")
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ([{"weight": "sign", "reason": "all"}, {"quantize": False}], "quantize = false"),
+        ([{"weight": "sign"}, {"quantize": False, "reason": "no"}], "no"),
+        ([{"quantize": False, "reason": "no"}, {"quantize": True}], "no"),  # reason is a key like any other
+        ([{"reason": "keep me"}], "keep me"),
+        ([{"pad_value": 0}], "no rule sets weight, input or quantize"),
+        ([{"quantize": True}], "selected"),
+    ],
+    ids=str,
+)
+def test_reason(rules, reason):
+    assert match(SITES, load_rules({"rule": rules})).decisions[0].reason == reason
+
+
+def test_tuples_are_as_good_as_lists():
+    rules = {
+        "model": {"input_shape": (1, 2)},
+        "rule": ({"layers": ("stem", "*2"), "kernel_size": (3, 3, 3), "weight": "sign"},),
+    }
+    assert [d.site.name for d in match(SITES, load_rules(rules)).converted] == ["block.conv2"]
 
 
 def test_quantize_false_stays_when_a_later_rule_sets_a_quantizer():
@@ -169,6 +193,9 @@ def test_errors_of_a_table(table, message):
         ({"quantizer": "lsq", "bits": 0}, "bits must be a whole number from 2 to 16, got 0"),
         ({"quantizer": "lsq", "bits": "4"}, "got '4'"),
         ({"quantizer": "lsq", "bits": True}, "got True"),
+        ({"quantizer": "swishsign", "beta": "high"}, r"'swishsign' does not take \{'beta': 'high'\}"),
+        ({"quantizer": "progressive_sign", "initial_scale": "x"}, "could not convert string to float"),
+        ({"quantizer": "progressive_sign", "custom_transform": "x"}, "custom_transform must be a function, got 'x'"),
     ],
     ids=str,
 )
@@ -224,6 +251,8 @@ def test_errors_of_files(tmp_path):
         load_rules("r3d_19")
     with pytest.raises(RuleError, match="got int"):
         load_rules(5)
+    with pytest.raises(RuleError, match="looks like the text of a rule file"):
+        load_rules('[[rule]]\nweight = "sign"\n' * 200)
 
 
 def test_bundled_rules_are_the_ones_promised_and_all_read():

@@ -1,5 +1,8 @@
 """Tracing: what is found, in which role, and that the model is left alone."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -256,3 +259,66 @@ def test_what_is_no_model_is_refused():
     uncopyable.stream = (value for value in ())
     with pytest.raises(ModelError, match=r"copy\.deepcopy\(Sequential\) fails: TypeError: cannot pickle 'generator'"):
         trace(uncopyable)
+
+
+def test_a_container_as_default_leaves_a_region_that_runs():
+    class Resizing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 2, 1)
+
+        def forward(self, x, size=(4, 4, 4), factor=2.0, options={}):  # noqa: B006 (what users write)
+            return F.interpolate(self.conv(x) * factor, size=size)
+
+    model, x = Resizing(), torch.randn(1, 1, 2, 2, 2)
+    assert torch.equal(trace(model).regions[""](x, (4, 4, 4)), model(x))
+
+
+def test_hooks_of_the_user_see_neither_the_trace_nor_the_count():
+    seen = []
+    model = nn.Sequential(nn.Sequential(nn.Conv3d(1, 1, 1)), nn.Conv3d(1, 1, 1))
+    for module in (model, model[0], model[1]):
+        module.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+        module.register_forward_pre_hook(lambda module, args: seen.append(type(args[0])))
+    converted = qconvert.binarize(model, "bitorch", example_inputs=torch.zeros(1, 1, 2, 2, 2))
+    assert seen == []
+    converted(torch.zeros(1, 1, 2, 2, 2))
+    assert len(seen) == 6
+
+
+def test_two_streams_that_meet_are_no_shortcut():
+    class TwoStreams(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rgb = nn.Sequential(nn.Conv3d(3, 4, 1), nn.Conv3d(4, 4, 1))
+            self.flow = nn.Conv3d(2, 4, 1)
+
+        def forward(self, rgb, flow):
+            return self.rgb(rgb) + self.flow(flow)
+
+    assert roles(TwoStreams()) == {"rgb.0": {"first"}, "rgb.1": {"last"}, "flow": {"first", "last"}}
+
+
+def test_generators_are_as_they_were():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 1, 1)
+
+        def forward(self, x):
+            return self.conv(x) * np.random.rand() * random.random() * torch.rand(1)  # noqa: S311 (the global one)
+
+    def states():
+        return (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())
+
+    model = Draws()
+    before = states()
+    trace(model)
+    assert states() == before
+
+
+def test_a_forward_put_on_the_instance_is_left_alone():
+    model = nn.Sequential(nn.Conv3d(1, 1, 1))
+    conv = model[0]
+    conv.forward = lambda x: F.conv3d(x, conv.weight)
+    assert trace(model).sites[0].blocker == "its forward was replaced on the instance"

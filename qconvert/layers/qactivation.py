@@ -51,7 +51,8 @@ class QActivation(nn.Module):
         threshold: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if gradient_cancellation_threshold is not None and not gradient_cancellation_threshold >= 0:
+        window = gradient_cancellation_threshold
+        if window is not None and not (isinstance(window, (int, float)) and window >= 0):
             raise QuantizerError(
                 "gradient_cancellation_threshold must be None (off), 0 (off) or above 0, "
                 f"got {gradient_cancellation_threshold!r}"

@@ -155,14 +155,18 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
             raise QuantizerError(f'scale must be "channel" or None, got {scale!r}')
         self._weight_quantize = self._placed(quantizer(quantization))
         self._weight_quantize.start_from(self.weight)
+        if pad_value is not None and not isinstance(pad_value, (int, float)):
+            raise QuantizerError(f"pad_value must be a number or None, got {pad_value!r}")
         self.pad_value = self._default_pad_value if pad_value is None else float(pad_value)
-        self.register_parameter(
-            "scale", None if scale is None else nn.Parameter(self._weight_quantize.fitted_scale(self.weight))
-        )
+        self.register_parameter("scale", None)
+        if scale is not None:
+            start = self._weight_quantize.fitted_scale(self.weight)
+            self.scale = nn.Parameter(start, requires_grad=self.weight.requires_grad)
 
     def _placed(self, module: Part) -> Part:
-        """Return the module where the layer is: on its device, in its dtype and its mode."""
-        return module.to(self.weight.device, self.weight.dtype).train(self.training)
+        """Return the module as the layer is: its device, dtype and mode; frozen where its weight is."""
+        placed = module.to(self.weight.device, self.weight.dtype).train(self.training)
+        return placed.requires_grad_(self.weight.requires_grad)
 
     def reset_parameters(self) -> None:
         """Start the weight anew (Xavier normal), and what depends on it."""
@@ -292,12 +296,19 @@ class QConv3d(QConv3d_NoAct):
         threshold: float | Tensor | None,
         pad_value: float | None,
     ) -> None:
-        if threshold is not None:
-            threshold = torch.as_tensor(threshold, device=self.weight.device, dtype=self.weight.dtype)
-            threshold = threshold.expand(self.in_channels).clone()
-        self.activation = self._placed(QActivation(quantization, window, threshold=threshold))
+        self.activation = self._placed(QActivation(quantization, window, threshold=self._start_of(threshold)))
         if pad_value is None and self.activation.activation_function.bit_width != 1:
             self.pad_value = 0.0
+
+    def _start_of(self, threshold: float | Tensor | None) -> Tensor | None:
+        if threshold is None:
+            return None
+        if not isinstance(threshold, (int, float, Tensor)):
+            raise QuantizerError(f"threshold must be a number, a tensor or None, got {threshold!r}")
+        start = torch.as_tensor(threshold, device=self.weight.device, dtype=self.weight.dtype)
+        if start.shape not in ((), (1,), (self.in_channels,)):
+            raise QuantizerError(f"threshold must have {self.in_channels} values or 1, got shape {tuple(start.shape)}")
+        return start.expand(self.in_channels).clone()
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
         return super()._conv_forward(self.activation(input), weight, bias)

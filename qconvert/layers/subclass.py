@@ -57,6 +57,8 @@ def obstacle(conv: nn.Conv3d) -> str | None:
     """
     if isinstance(conv._parameters.get("weight"), nn.UninitializedParameter):
         return "no weight yet (a lazy module): run the model once before converting it"
+    if not {"forward", "_conv_forward"}.isdisjoint(vars(conv)):
+        return "its forward was replaced on the instance"
     for cls in type(conv).__mro__[: type(conv).__mro__.index(nn.Conv3d)]:
         for method in ("forward", "_conv_forward"):
             function = vars(cls).get(method)

@@ -54,7 +54,9 @@ class ProgressiveSign(BinaryQuantization):
         super().__init__()
         if not alpha > 0:
             raise QuantizerError(f"progressive_sign: alpha must be above 0, got {alpha!r}")
-        self.scale = initial_scale
+        if custom_transform is not None and not callable(custom_transform):
+            raise QuantizerError(f"progressive_sign: custom_transform must be a function, got {custom_transform!r}")
+        self.scale = float(initial_scale)
         self.custom_transform = custom_transform
         self.alpha = alpha
         self.beta = beta

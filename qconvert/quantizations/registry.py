@@ -55,6 +55,8 @@ def register_custom_quantization(custom_quantization: type[Quantization]) -> Non
     """
     if not (isinstance(custom_quantization, type) and issubclass(custom_quantization, Quantization)):
         raise QuantizerError(f"a custom quantizer must be a subclass of Quantization, got {custom_quantization!r}")
+    if custom_quantization.name == Quantization.name:
+        raise QuantizerError(f"{custom_quantization.__name__} needs a name of its own, as a class attribute")
     taken = _by_name.get(custom_quantization.name)
     if taken in _BUNDLED and taken is not custom_quantization:
         raise QuantizerError(f"the name {custom_quantization.name!r} belongs to qconvert's own {taken.__name__}")
@@ -77,7 +79,15 @@ def quantizer(quantization: str | Quantization, **settings: Any) -> Quantization
         if name not in allowed:
             takes = f"Its settings: {', '.join(allowed)}." if allowed else "It has no settings."
             raise QuantizerError(f"quantizer {quantization!r} has no setting {name!r}. {takes}{did_you_mean(name, allowed)}")
-    return cls(**settings)
+    try:
+        built = cls(**settings)
+    except QuantizerError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise QuantizerError(f"quantizer {quantization!r} does not take {settings}: {error}") from error
+    if built.bit_width < 1:
+        raise QuantizerError(f"quantizer {quantization!r} has no bit_width: set it to the bits of one quantized value")
+    return built
 
 
 def _settings(cls: type[Quantization]) -> list[str]:

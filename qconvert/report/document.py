@@ -6,7 +6,6 @@ import json
 from abc import ABC, abstractmethod
 from typing import Any
 
-from ..sites import Opaque
 from .facts import Uncounted
 from .html import html_page
 from .table import Table
@@ -26,7 +25,6 @@ class Document(ABC):
     """A report. Subclasses say what is in it."""
 
     uncounted: tuple[Uncounted, ...]
-    opaque: tuple[Opaque, ...]
 
     @property
     @abstractmethod
@@ -59,7 +57,6 @@ class Document(ABC):
             notes.append(f"Ran, but has no MAC formula: {', '.join(ran)}.")
         if idle:
             notes.append(f"Never called, so without operations: {', '.join(idle)}.")
-        notes += [f"Not traceable: {module.name or 'the model'} ({module.type}): {module.reason}" for module in self.opaque]
         return notes
 
     def to_json(self) -> str:

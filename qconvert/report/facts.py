@@ -85,10 +85,11 @@ class Uncounted:
 
 @dataclass(frozen=True)
 class Facts:
-    """The layers of a model and what could not be counted."""
+    """The layers of a model, what could not be counted, and whether the model was run."""
 
     layers: tuple[Layer, ...]
     uncounted: tuple[Uncounted, ...]
+    was_run: bool
 
 
 def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
@@ -100,7 +101,7 @@ def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
     model = unwrapped(model)
     layers = _static_facts(model)
     if example_inputs is None:
-        return Facts(tuple(layers.values()), ())
+        return Facts(tuple(layers.values()), (), was_run=False)
     runs = run(model, example_inputs)
     for name, calls in runs.calls.items():
         layer = layers.get(name, Layer(name, runs.types[name]))
@@ -113,7 +114,7 @@ def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     uncounted = [Uncounted(name, calls, "no MAC formula") for name, calls in runs.operators.most_common()]
     uncounted += [Uncounted(name, 0, "never called") for name, layer in never_run.items() if layer.weight_bits is not None]
-    return Facts(tuple(sorted(layers.values(), key=lambda layer: order[layer.name])), tuple(uncounted))
+    return Facts(tuple(sorted(layers.values(), key=lambda layer: order[layer.name])), tuple(uncounted), was_run=True)
 
 
 def _static_facts(model: nn.Module) -> dict[str, Layer]:

@@ -30,7 +30,6 @@ class Profile(Document):
     layers: tuple[Layer, ...]
     totals: Totals
     uncounted: tuple[Uncounted, ...]
-    opaque: tuple[Opaque, ...] = ()
 
     @property
     def title(self) -> str:
@@ -129,6 +128,10 @@ class Report(Document):
         """Whether operations were counted."""
         return self.after.macs is not None
 
+    def notes(self) -> list[str]:
+        """Return the conventions, what the numbers leave out, and what could not be traced."""
+        return [*super().notes(), *map(str, self.opaque)]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data: ``totals`` (``before``, ``after``), ``layers``, ``uncounted``, ``opaque``."""
         return {
@@ -173,7 +176,7 @@ def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
         InputError: if the model does not run on the inputs.
     """
     facts = collect(model, example_inputs)
-    return Profile(type(unwrapped(model)).__name__, facts.layers, add_up(facts.layers), facts.uncounted)
+    return Profile(type(unwrapped(model)).__name__, facts.layers, add_up(facts), facts.uncounted)
 
 
 def compare(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> Report:
@@ -197,12 +200,12 @@ def compare(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> 
     for name in {**old_layers, **new_layers}:
         decision = decisions.get(name)
         is_conv3d = any(name in layers and layers[name].is_conv3d for layers in (old_layers, new_layers))
-        reason = decision.reason if decision else "" if is_conv3d else "not a Conv3d"
+        reason = decision.reason if decision else "no conversion recorded" if is_conv3d else "not a Conv3d"
         verdict = "converted" if name in converted else "float"
         rows.append(Row(old_layers.get(name), new_layers.get(name), verdict, decision.rule if decision else "", reason))
     opaque = plan.opaque if plan else ()
     name = type(unwrapped(before)).__name__
-    return Report(name, tuple(rows), add_up(old.layers), add_up(new.layers), new.uncounted, opaque)
+    return Report(name, tuple(rows), add_up(old), add_up(new), new.uncounted, opaque)
 
 
 def _layer_dict(layer: Layer) -> dict[str, Any]:

@@ -47,7 +47,12 @@ class Runs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.shapes: dict[str, tuple[Shape | None, Shape | None]] = {}
 
     def watch(self, model: nn.Module) -> None:
-        """Follow which module is running, by hooks."""
+        """Follow which module is running, by hooks. A user's own hooks are taken off: they are not for a dry run."""
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key, hook in list(hooks.items()):
+                    if type(hook).__module__.partition(".")[0] != "torch":  # torch's compute weights (weight_norm, prune)
+                        del hooks[key]
         for name, module in rows(model):
             self.types[name] = type(module).__name__
             module.register_forward_pre_hook(partial(self._enter, name))

@@ -1,10 +1,9 @@
 """The totals of a report: sums over its layers, and the two conventions for one number of operations."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .facts import Layer
+from .facts import Facts
 
 BITS_PER_MIB = 8 * 2**20
 
@@ -47,10 +46,9 @@ class Totals:
         return {**asdict(self), "ops": self.ops, "mebibytes": self.mebibytes}
 
 
-def add_up(layers: Iterable[Layer]) -> Totals:
+def add_up(facts: Facts) -> Totals:
     """Return the totals of the layers."""
-    layers = tuple(layers)
-    was_run = all(layer.macs is not None for layer in layers)
+    layers, was_run = facts.layers, facts.was_run
     by_precision: dict[str, int] = {}
     for layer in layers:
         if layer.macs:

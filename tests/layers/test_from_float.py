@@ -68,6 +68,8 @@ class ExtendsConvForward(nn.Conv3d):
 
     def reset_parameters(self):
         nn.init.constant_(self.weight, 0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self):
         return "mine"
