@@ -177,7 +177,7 @@ def _check_selects(rule: Rule, label: str, sites: list[Site]) -> None:
 
 
 def _nearest(glob: str, sites: list[Site]) -> str:
-    names = conv3d_names(sites)
+    names = [name or "(the model itself)" for name in conv3d_names(sites)]
     common = sorted(names, key=lambda name: -_common_prefix(name, glob))[:5]
     more = f", ... ({len(names)} in all)" if len(names) > len(common) else ""
     return f"Nearest: {', '.join(common)}{more}.{did_you_mean(glob, names)}"

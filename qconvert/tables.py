@@ -4,6 +4,7 @@ Imports no torch: which quantizers exist, and what settings they take, is checke
 """
 
 import fnmatch
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
@@ -210,7 +211,7 @@ def _worded(detail: Mapping[str, Any], source: str) -> str:
         return f"{where}: unknown key {key!r}. Allowed: {', '.join(allowed)}.{did_you_mean(key, allowed)}"
     # the rest of the location is pydantic's own (which member of a union it tried), but for a table's key
     inner = "".join(f".{part}" for part in keys[1:] if part in Quantizer.model_fields)
-    message = detail["msg"].removeprefix("Value error, ")
+    message = re.sub(r" or instance of \w+", "", detail["msg"].removeprefix("Value error, "))
     seen = "" if isinstance(detail["input"], Rule) else f", got {detail['input']!r}"
     suggestion = did_you_mean(detail["input"], _literals(detail)) if isinstance(detail["input"], str) else ""
     return f"{where}: {key}{inner}: {message}{seen}.{suggestion}" if key else f"{where}: {message}{seen}."

@@ -173,7 +173,7 @@ def test_blocked_and_converted_sites_are_left_alone():
         ({"rule": [{"pad_value": float("inf")}]}, "finite number, got inf"),
         ({"rule": [{"pad_value": "0"}]}, "valid number, got '0'"),
         ({"rule": {"weight": "sign"}}, "rule: Input should be a valid list"),
-        ({"rule": ["sign"]}, "rules, rule 1: Input should be a valid dictionary"),
+        ({"rule": ["sign"]}, "rules, rule 1: Input should be a valid dictionary, got 'sign'"),
         ({"extends": "defalt"}, r"rules: extends: no rule file 'defalt'.*Did you mean 'default'\?"),
     ],
     ids=str,
