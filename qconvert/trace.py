@@ -7,9 +7,9 @@ a forward cannot be traced, that module becomes one opaque node, and its childre
 import copy
 import inspect
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -69,9 +69,7 @@ def trace(model: nn.Module) -> Traced:
     is_leaf = _Tracer().is_leaf_module
     leaves = {module for name, module in model.named_modules() if is_leaf(module, name)}
     victim = structural_copy(model, leaves)
-    for module in set(victim.modules()) - leaves:
-        module._forward_hooks.clear()  # a user's hooks share their closures with the copy's, and wait for tensors
-        module._forward_pre_hooks.clear()
+    drop_foreign_hooks(victim, spared=leaves)
     with preserved_rng(seed=0):  # a forward that draws takes the same branch each time
         graphs, opaque = _Regions(victim).trace()
     return Traced(model, graphs, tuple(opaque), tuple(_sites(model, graphs)))
@@ -127,6 +125,23 @@ def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         message = f"copy.deepcopy({type(model).__name__}) fails: {type(error).__name__}: {error}"
         raise ModelError(f"{message}. Remove what cannot be copied from the model before the conversion") from error
+
+
+def drop_foreign_hooks(model: nn.Module, spared: Set[nn.Module] = frozenset()) -> None:
+    """Take off the forward hooks of a copy that are not the model's own, from all modules but those spared.
+
+    A closure is shared with the user's model, and what it keeps would be of a trial run. A method of one of the model's
+    modules, and a hook of torch's that computes a weight (weight_norm, prune), belong to the copy.
+    """
+    modules = set(model.modules())
+    for module in modules - spared:
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                function = hook.func if isinstance(hook, partial) else hook
+                owner = getattr(function, "__self__", None)
+                is_own = isinstance(owner, nn.Module) and owner in modules
+                if not is_own and type(function).__module__.partition(".")[0] != "torch":
+                    del hooks[key]
 
 
 class _Tracer(fx.Tracer):

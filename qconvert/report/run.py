@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..errors import InputError
 from ..rng import preserved_rng
-from ..trace import copied
+from ..trace import copied, drop_foreign_hooks
 
 Shape = tuple[int, ...]
 
@@ -47,12 +47,8 @@ class Runs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.shapes: dict[str, tuple[Shape | None, Shape | None]] = {}
 
     def watch(self, model: nn.Module) -> None:
-        """Follow which module is running, by hooks. A user's own hooks are taken off: they are not for a dry run."""
-        for module in model.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key, hook in list(hooks.items()):
-                    if type(hook).__module__.partition(".")[0] != "torch":  # torch's compute weights (weight_norm, prune)
-                        del hooks[key]
+        """Follow which module is running, by hooks, instead of those that a user put on it."""
+        drop_foreign_hooks(model)
         for name, module in rows(model):
             self.types[name] = type(module).__name__
             module.register_forward_pre_hook(partial(self._enter, name))
