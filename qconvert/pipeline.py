@@ -103,7 +103,7 @@ def _planned(model: nn.Module, rules: RulesLike) -> tuple[Plan, nn.Module]:
 
 def _preview(model: nn.Module, decided: Plan, example_inputs: Any) -> Report:
     inputs = example_input(decided.rules.model, model) if example_inputs is None else example_inputs
-    # converts a copy that shares the tensors: if the report fails, nothing has happened to the model
+    # converts a copy that shares the Parameters: if the report fails, nothing has happened to the model
     return compare(model, rewrite(structural_copy(model), decided), inputs)
 
 

@@ -147,7 +147,7 @@ def drop_foreign_hooks(model: nn.Module, spared: Set[nn.Module] = frozenset()) -
 class _Tracer(fx.Tracer):
     """Keeps every Conv3d whole, and turns a submodule whose forward cannot be traced into one node."""
 
-    # buffers as proxies: else `self.calls += 1` in a forward would count the trace itself
+    # buffers as nodes: else their values, and what a forward computes from them, would be constants of the graph
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:

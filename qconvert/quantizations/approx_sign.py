@@ -8,16 +8,12 @@ from .operators import quantizer_operator
 from .sign import binary
 
 
-def _approx_sign(x: Tensor) -> Tensor:
-    return binary(x)
-
-
 def _triangle(grad_output: Tensor, x: Tensor) -> Tensor:
     magnitude = torch.abs(x)
     return (2.0 - 2.0 * magnitude) * (magnitude <= 1) * grad_output
 
 
-approx_sign = quantizer_operator("approx_sign", _approx_sign, _triangle)
+approx_sign = quantizer_operator("approx_sign", binary, _triangle)
 
 
 class ApproxSign(BinaryQuantization):

@@ -13,11 +13,7 @@ def binary(x: Tensor) -> Tensor:
     return torch.where(x < 0, -one, one)
 
 
-def _sign(x: Tensor) -> Tensor:
-    return binary(x)
-
-
-sign = quantizer_operator("sign", _sign)
+sign = quantizer_operator("sign", binary)
 
 
 class Sign(BinaryQuantization):
