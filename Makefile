@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench docs clean
+.PHONY: demo test bench zoo docs clean
 
 demo: $(VENV)/.demo ## convert the pretrained TransNetV2 and run it on its own video
 	$(BIN)/qconvert demo
@@ -17,6 +17,9 @@ test: $(VENV)/.test ## lint, types, documentation and every test
 
 bench: $(VENV)/.test ## speed, as ratios measured side by side
 	$(BIN)/python tests/bench/bench_conversion.py
+
+zoo: $(VENV)/.test ## what a conversion does to every model that the tests run, written to docs/zoo.md
+	$(BIN)/python tests/zoo/table.py
 
 docs: $(VENV)/.test ## the documentation, on http://127.0.0.1:8000
 	$(BIN)/mkdocs serve

@@ -4,6 +4,7 @@
 >>> model = qconvert.binarize(model, "default")  # prints what it does to parameter bits and FLOPs
 """
 
+from .diagnosis import Diagnosis, diagnose
 from .errors import InputError, ModelError, QConvertError, QuantizerError, RuleError
 from .layers import QActivation, QConv3d, QConv3d_NoAct
 from .pipeline import binarize, plan, preview
@@ -14,6 +15,7 @@ from .trace import Traced, trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "InputError",
     "ModelError",
     "Plan",
@@ -30,6 +32,7 @@ __all__ = [
     "binarize",
     "bundled_rules",
     "compare",
+    "diagnose",
     "load_rules",
     "plan",
     "preview",

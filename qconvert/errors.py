@@ -31,3 +31,7 @@ def did_you_mean(seen: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the name nearest to ``seen``, or ``""`` where none is near."""
     nearest = difflib.get_close_matches(seen, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+class ConstantInputWarning(UserWarning):
+    """A converted layer's quantized input is the same everywhere: the layer learns nothing and passes nothing on."""

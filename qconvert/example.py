@@ -1,5 +1,6 @@
-"""The example input that a rule file describes."""
+"""Example inputs: the one that a rule file describes, and how a model is called on one."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,3 +19,12 @@ def example_input(description: Model, model: nn.Module) -> Any:
     blank = partial(torch.zeros, dtype=named[description.input_dtype], device=parameter.device)
     shape = description.input_shape
     return [blank(inner) for inner in shape] if isinstance(shape[0], list) else blank(shape)
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return how a model is called: a tuple holds the arguments, a dict the keyword arguments, anything else is the one."""
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,), {}

@@ -4,19 +4,21 @@ model --trace--> Traced --match(rules)--> Plan --rewrite--> converted model --co
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .errors import ModelError
+from .calibration import calibrate
+from .errors import ConstantInputWarning, ModelError
 from .example import example_input
+from .propagation import Signal, signals
 from .report import Report, compare
 from .rewrite import check_quantizers, rewrite
 from .rules import Plan, Rules, load_rules, match
-from .sites import CONV3D
-from .trace import copied, structural_copy, trace
+from .start import constant_layers
+from .trace import Traced, copied, structural_copy, trace
 
 RulesLike = str | Path | Mapping[str, Any] | Rules
 
@@ -26,6 +28,7 @@ def binarize(
     rules: RulesLike = "default",
     *,
     example_inputs: Any = None,
+    calibration_data: Iterable[Any] | None = None,
     inplace: bool = False,
     report: bool = True,
 ) -> nn.Module:
@@ -37,6 +40,9 @@ def binarize(
         example_inputs: what the report counts operations with: a tensor (or a list, for a model that takes one), a tuple
             of arguments, or a dict of keyword arguments. Default: the rules' ``[model] input_shape``; without one the
             report has no operations.
+        calibration_data: batches of the form of ``example_inputs``, for instance a DataLoader of clips. One pass over them
+            measures where thresholds, scales and offsets start (without data the graph tells), and re-estimates the BatchNorm
+            statistics of the converted model.
         inplace: convert the model itself instead of a deep copy.
         report: print the before/after report.
 
@@ -49,16 +55,32 @@ def binarize(
     Raises:
         RuleError: if the rules do not read, or one selects nothing.
         ModelError: if there is no Conv3d, or the model cannot be copied or converted.
-        InputError: if the model does not run on the example input.
+        InputError: if the model does not run on the example input or the calibration data.
+
+    Warns:
+        ConstantInputWarning: naming the converted layers that would see a constant, and the rule key that mends them.
     """
-    decided, plain = _planned(model, rules)
+    decided, traced = _planned(model, rules)
+    plain, known = traced.model, _signals(traced, decided)
     if plain is not model:
         warnings.warn(f"the {type(model).__name__} wrapper is taken off: wrap the converted model again", stacklevel=2)
     if not decided.converted:
         warnings.warn("the rules convert no layer of this model; qconvert.plan() says why for each", stacklevel=2)
     if report:
-        print(_preview(plain, decided, example_inputs))  # noqa: T201 (what the caller asked to see)
-    return rewrite(plain if inplace else copied(plain), decided)
+        print(_preview(plain, decided, known, example_inputs))  # noqa: T201 (what the caller asked to see)
+    calibration = None
+    if calibration_data is not None:
+        # on a copy that shares only Parameters that it leaves alone: if it fails, nothing has happened to the model
+        calibration = calibrate(rewrite(structural_copy(plain), decided, known), decided, calibration_data)
+    converted = rewrite(plain if inplace else copied(plain), decided, known)
+    inputs = {name: signal.input for name, signal in known.items()}
+    if calibration is not None:
+        converted.load_state_dict(calibration.state, strict=False)
+        inputs |= calibration.inputs
+    dead = constant_layers(converted, decided, inputs)
+    if dead:
+        warnings.warn(_about_constants(dead, decided), ConstantInputWarning, stacklevel=2)
+    return converted
 
 
 def plan(model: nn.Module, rules: RulesLike = "default") -> Plan:
@@ -76,8 +98,8 @@ def preview(model: nn.Module, rules: RulesLike = "default", example_inputs: Any 
     Raises:
         RuleError, ModelError, InputError: as `binarize`.
     """
-    decided, plain = _planned(model, rules)
-    return _preview(plain, decided, example_inputs)
+    decided, traced = _planned(model, rules)
+    return _preview(traced.model, decided, _signals(traced, decided), example_inputs)
 
 
 def check_rules(rules: RulesLike) -> Rules:
@@ -91,20 +113,33 @@ def check_rules(rules: RulesLike) -> Rules:
     return loaded
 
 
-def _planned(model: nn.Module, rules: RulesLike) -> tuple[Plan, nn.Module]:
+def _planned(model: nn.Module, rules: RulesLike) -> tuple[Plan, Traced]:
     loaded = check_rules(rules)
     traced = trace(model)
-    if not any(site.kind == CONV3D for site in traced.sites):
+    if not any(site.is_conv3d for site in traced.sites):
         kinds = sorted({type(module).__name__ for module in traced.model.modules()} & _CONVOLUTIONS)
         name = type(traced.model).__name__
         raise ModelError(f"{name} has no Conv3d to convert. Its convolutions: {', '.join(kinds) or 'none'}")
-    return match(traced.sites, loaded, traced.opaque), traced.model
+    return match(traced.sites, loaded, traced.opaque, traced.overwrites), traced
 
 
-def _preview(model: nn.Module, decided: Plan, example_inputs: Any) -> Report:
+def _signals(traced: Traced, decided: Plan) -> dict[str, Signal]:
+    """Return what is known about the data of the convolutions, if it makes a difference to the plan."""
+    return signals(traced) if any(decision.depends_on_data for decision in decided.converted) else {}
+
+
+def _preview(model: nn.Module, decided: Plan, known: Mapping[str, Signal], example_inputs: Any) -> Report:
     inputs = example_input(decided.rules.model, model) if example_inputs is None else example_inputs
     # converts a copy that shares the Parameters: if the report fails, nothing has happened to the model
-    return compare(model, rewrite(structural_copy(model), decided), inputs)
+    return compare(model, rewrite(structural_copy(model), decided, known), inputs)
+
+
+def _about_constants(dead: list[str], decided: Plan) -> str:
+    return (
+        f"{len(dead)} of {len(decided.converted)} converted layers see a constant, so they learn nothing: {', '.join(dead)}. "
+        "Their input is never below the quantizer's threshold (sign(x >= 0) behind a ReLU is +1 everywhere). Mend it in the "
+        'rule that converts them: input = { quantizer = "...", threshold = "auto" }'
+    )
 
 
 _CONVOLUTIONS = {f"Conv{transposed}{n}d" for transposed in ("", "Transpose") for n in (1, 2, 3)}

@@ -4,17 +4,23 @@ The module object itself becomes the new layer, so every reference to it (a seco
 sees the conversion, and it keeps its Parameters.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from .errors import QConvertError, QuantizerError, RuleError
 from .layers import QConv3d
+from .layers.qconv3d import default_pad_value
 from .layers.subclass import own_state
+from .propagation import Signal
 from .quantizations import Identity, Quantization, quantizer
 from .rules import Decision, Plan, Rules
+from .start import OutputStart, input_start, output_start
+from .surgery import operate, surgeries
 from .tables import Quantizer
 
 _PLAN_ATTRIBUTE = "_qconvert_plan"
@@ -46,16 +52,28 @@ def build(spec: Quantizer) -> Quantization:
     return quantizer(spec.quantizer, **spec.settings)
 
 
-def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
+def rewrite(model: nn.Module, plan: Plan, signals: Mapping[str, Signal] = MappingProxyType({})) -> nn.Module:
     """Convert the layers that the plan names, in place, and return the model.
+
+    Args:
+        model: the model.
+        plan: what happens to which layer.
+        signals: what is known about the layers' data, by name: where their thresholds and scales start.
 
     If anything fails, the model is as it was.
 
     Raises:
         QConvertError: naming the layer that cannot be converted.
     """
-    layers = [(model.get_submodule(decision.site.name), _new_layer(model, decision)) for decision in plan.converted]
     with ExitStack() as undo:
+        for name, surgery in surgeries(plan).items():
+            module = model.get_submodule(name)
+            undo.callback(_restore, module, type(module), own_state(module))
+            operate(module, surgery)
+        layers = [
+            (model.get_submodule(name), _new_layer(model, decision, signals.get(name)))
+            for name, decision in ((decision.site.name, decision) for decision in plan.converted)
+        ]
         for old, new in layers:
             undo.callback(_restore, old, type(old), own_state(old))
             _become(old, new)
@@ -65,12 +83,13 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _with_earlier_decisions(plan: Plan, earlier: Plan | None) -> Plan:
-    """Return the plan in which layers that were converted before keep the decision that converted them."""
+    """Return the plan with what was converted and rewritten before, by the decisions that did it."""
     converted = {decision.site.name: decision for decision in earlier.converted} if earlier else {}
     kept = (
         converted.get(decision.site.name, decision) if decision.site.converted else decision for decision in plan.decisions
     )
-    return replace(plan, decisions=tuple(kept))
+    rewritten = [overwrite for overwrite in earlier.overwrites if overwrite.obstacle is None] if earlier else []
+    return replace(plan, decisions=tuple(kept), overwrites=(*rewritten, *plan.overwrites))
 
 
 def plan_of(model: nn.Module) -> Plan | None:
@@ -79,21 +98,29 @@ def plan_of(model: nn.Module) -> Plan | None:
     return plan
 
 
-def _new_layer(model: nn.Module, decision: Decision) -> QConv3d:
-    conv = model.get_submodule(decision.site.name)
-    threshold, window = decision.input.threshold, decision.gradient_cancellation_threshold
+def _new_layer(model: nn.Module, decision: Decision, signal: Signal | None) -> QConv3d:
+    conv: nn.Conv3d = model.get_submodule(decision.site.name)  # type: ignore[assignment]  # the trace found it to be one
+    window = decision.gradient_cancellation_threshold
     try:
-        inputs = build(decision.input)
+        inputs, weights = build(decision.input), build(decision.weight).to(conv.weight.device)
+        weights.start_from(conv.weight)
         if window is None:
             window = 0.0 if isinstance(inputs, Identity) else 1.0  # a float input has no range to stay in
+        before = input_start(decision.input.threshold, inputs, signal)
+        after = OutputStart(None, None)
+        if decision.weight.scale is not None:
+            border = default_pad_value(inputs) if decision.pad_value is None else decision.pad_value
+            after = output_start(conv, inputs, weights, border, before, signal)
         return QConv3d.from_float(
-            conv,  # type: ignore[arg-type]  # the trace found it to be a Conv3d
+            conv,
             input_quantization=inputs,
-            weight_quantization=build(decision.weight),
+            weight_quantization=weights,
             gradient_cancellation_threshold=window,
             pad_value=decision.pad_value,
-            threshold=0.0 if threshold == "channel" else threshold,
-            scale=decision.weight.scale,
+            threshold=before.threshold,
+            spread=before.spread,
+            scale=after.scale,
+            offset=after.offset,
         )
     except QConvertError as error:
         raise type(error)(f"layer {decision.site.name!r} ({decision.rule}): {error}") from error

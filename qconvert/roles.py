@@ -1,4 +1,4 @@
-"""Which convolutions are first, last or on a residual shortcut: read off the traced graphs.
+"""The roles that convolutions have in a network, read off the traced graphs: which are first, last, on a shortcut.
 
 A set of convolutions is an int used as a bit set, so that a pass over a graph is one `|` per edge.
 """
@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx, nn
+
+from .factorised import halves
 
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
@@ -36,50 +38,65 @@ class RegionGraph:
         # a region that is a single convolution calls it by a name of its own
         return self._first_name.get(name, self.region)
 
+    def calls(self) -> Iterator[tuple[fx.Node, str | None]]:
+        """Yield every node with the name of the module that it calls."""
+        return ((node, self.module_of(node)) for node in self.graph.nodes)
+
 
 def roles_of(model: nn.Module, graphs: Mapping[str, RegionGraph]) -> dict[str, frozenset[str]]:
     """Return the roles of the convolutions that have one, by name.
 
     first, last: no other Conv3d lies before (behind) it on the data path. Where a module cannot be traced, its children
-    are taken in the order in which they are registered, each reading what the one before it returns.
+    are taken in the order in which they are registered, each reading what the one before it returns; but one that reads
+    as many channels as the first child, and not as many as the one before it returns, starts a path beside it.
     shortcut: of the two branches from one value to an addition, it lies on the one that has the fewer convolutions.
+    spatial, temporal: a 1 x k x k and a k x 1 x 1 convolution, one of which reads the result of the other.
+    depthwise, pointwise: a depthwise convolution and a 1 x 1 x 1 one that reads its result.
     """
-    roles: dict[str, set[str]] = {}
     walk = _Walk(model, graphs)
-    for role, names in (("first", walk.ends("", 0)), ("last", walk.ends("", -1)), ("shortcut", walk.shortcuts())):
-        for name in names:
-            roles.setdefault(name, set()).add(role)
-    return {name: frozenset(found) for name, found in roles.items()}
+    found = [("first", name) for name in walk.ends("", 0)] + [("last", name) for name in walk.ends("", -1)]
+    found += [("shortcut", name) for flow in walk.flows.values() for name in flow.shortcuts()]
+    found += [role for region in graphs.values() for role in halves(region.calls(), walk.modules)]
+    roles: dict[str, set[str]] = {}
+    for role, name in found:
+        roles.setdefault(name, set()).add(role)
+    return {name: frozenset(names) for name, names in roles.items()}
 
 
 class _Walk:
     def __init__(self, model: nn.Module, graphs: Mapping[str, RegionGraph]) -> None:
-        self.model = model
-        self.graphs = graphs
-        self.holders = {
-            prefix
-            for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Conv3d)
-            for prefix in _prefixes(name)
-        }
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.convs = {name: module for name, module in self.modules.items() if isinstance(module, nn.Conv3d)}
+        self.holders = {prefix for name in self.convs for prefix in _prefixes(name)}
         self.flows = {name: _Flow(graph, self.holders) for name, graph in graphs.items()}
+        self._ends: dict[tuple[str, int], list[str]] = {}
 
-    def ends(self, name: str, side: int) -> Iterator[str]:
-        """Yield the first (side 0) or last (side -1) convolutions of the module of that name."""
-        if isinstance(self.model.get_submodule(name), nn.Conv3d):
-            yield name
-        elif name in self.flows:
-            for inner in self.flows[name].sources if side == 0 else self.flows[name].sinks:
-                yield from self.ends(inner, side)
-        else:
-            children = [child for child, _ in self.model.get_submodule(name).named_children()]
-            holders = [full for full in (f"{name}.{child}" if name else child for child in children) if full in self.holders]
-            if holders:
-                yield from self.ends(holders[side], side)
+    def ends(self, name: str, side: int) -> list[str]:
+        """Return the first (side 0) or last (side -1) convolutions of the module of that name."""
+        if name in self.convs:
+            return [name]
+        if (name, side) not in self._ends:
+            self._ends[name, side] = [conv for part in self._parts(name, side) for conv in self.ends(part, side)]
+        return self._ends[name, side]
 
-    def shortcuts(self) -> Iterator[str]:
-        for flow in self.flows.values():
-            yield from flow.shortcuts()
+    def _parts(self, name: str, side: int) -> list[str]:
+        """Return the parts of a module that are first or last in it."""
+        if name in self.flows:
+            return self.flows[name].sources if side == 0 else self.flows[name].sinks
+        children = [f"{name}.{child}" if name else child for child, _ in self.modules[name].named_children()]
+        return [path[side] for path in self._paths([child for child in children if child in self.holders])]
+
+    def _paths(self, children: list[str]) -> list[list[str]]:
+        """Divide the children of a module that cannot be traced into the paths that they are on."""
+        paths = [children[:1]] if children else []
+        for child in children[1:]:
+            reads = {self.convs[conv].in_channels for conv in self.ends(child, 0)} - {0}  # 0: a lazy one, not known yet
+            entry = {self.convs[conv].in_channels for conv in self.ends(children[0], 0)}
+            returned = {self.convs[conv].out_channels for conv in self.ends(paths[-1][-1], -1)}
+            if reads & entry and not reads & returned:
+                paths.append([])
+            paths[-1].append(child)
+        return paths
 
 
 class _Flow:
@@ -92,13 +109,12 @@ class _Flow:
         self._adds: list[fx.Node] = []
         has_source: list[bool] = []
         has_sink = 0
-        for node in region.graph.nodes:
+        for node, name in region.calls():
             inputs, sources = 0, 0 if node.op == "get_attr" else 1 << len(self._sources)
             for source in node.all_input_nodes:
                 inputs |= self.before[source]
                 sources |= self._sources[source]
             self._sources[node] = sources
-            name = region.module_of(node)
             if name is not None and name in holders:
                 has_sink |= inputs
                 has_source.append(inputs == 0)

@@ -5,6 +5,7 @@ by key. A rule that selects nothing is an error, unless it says ``optional = tru
 """
 
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .errors import RuleError, did_you_mean
-from .sites import CONV3D, Opaque, Site, conv3d_names
+from .sites import Opaque, Overwrite, Site, conv3d_names
 from .tables import SETTINGS, Model, Quantizer, Rule, RuleFile, matches, validated
 
 
@@ -53,14 +54,27 @@ class Decision:
     gradient_cancellation_threshold: float | None = None
     pad_value: float | None = None
 
+    @property
+    def depends_on_data(self) -> bool:
+        """Whether what the layer starts from, or is worth, depends on the values that it reads."""
+        return self.input.quantizer != "identity" or self.weight.scale is not None or isinstance(self.input.threshold, str)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The decision table: one decision for every site, and the modules that the trace could not look into."""
+    """The decision table: one decision for every site, and what else the trace has found.
+
+    Attributes:
+        rules: the rules.
+        decisions: what happens to each site.
+        opaque: the modules that the trace could not look into.
+        overwrites: the operations in place that break autograd. Those without an obstacle are rewritten.
+    """
 
     rules: Rules
     decisions: tuple[Decision, ...]
     opaque: tuple[Opaque, ...] = ()
+    overwrites: tuple[Overwrite, ...] = ()
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -68,12 +82,18 @@ class Plan:
         return tuple(decision for decision in self.decisions if decision.convert)
 
     def to_text(self) -> str:
-        """Return the decision table for a terminal."""
+        """Return the decision table for a terminal: a row for each 3D convolution, a line for each other kind of layer."""
         headers = ("layer", "type", "kernel", "in", "out", "role", "decision", "rule", "reason")
-        table = tabulate([_shown(decision) for decision in self.decisions], headers, disable_numparse=True)
-        sites = [decision.site for decision in self.decisions if decision.site.kind == CONV3D]
-        notes = map(str, self.opaque)
-        return "\n".join([table, "", f"{len(sites)} Conv3d found, {len(self.converted)} to convert.", *notes])
+        rows = [_shown(decision) for decision in self.decisions if decision.site.is_conv3d]
+        found = len(rows)
+        lines = [
+            tabulate(rows, headers, disable_numparse=True),
+            "",
+            f"{found} Conv3d found, {len(self.converted)} to convert.",
+            *_others(decision.site for decision in self.decisions),
+            *map(str, (*self.opaque, *self.overwrites)),
+        ]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.to_text()
@@ -82,10 +102,18 @@ class Plan:
 def _shown(decision: Decision) -> tuple[str, ...]:
     site = decision.site
     verdict = f"W: {decision.weight.quantizer}, A: {decision.input.quantizer}" if decision.convert else "float"
-    kernel = "x".join(map(str, site.kernel_size))
-    role = ", ".join(sorted(site.roles)) + ("" if site.groups == 1 else f" {site.grouping}")
+    kernel = "x".join(map(str, site.kernel_size)) + ("" if site.groups == 1 else f" {site.grouping}")
     channels = (str(site.in_channels or ""), str(site.out_channels or ""))
-    return (site.name, site.type, kernel, *channels, role.strip(), verdict, decision.rule, decision.reason)
+    return (site.name, site.type, kernel, *channels, ", ".join(sorted(site.roles)), verdict, decision.rule, decision.reason)
+
+
+def _others(sites: Iterable[Site]) -> list[str]:
+    """Return a line for each kind of layer that is no 3D convolution."""
+    parameters: dict[str, list[int]] = {}
+    for site in sites:
+        if not site.is_conv3d:
+            parameters.setdefault(site.kind, []).append(site.parameters)
+    return [f"{len(each)} {kind}, {sum(each):,} parameters: not a Conv3d, float." for kind, each in parameters.items()]
 
 
 def load_rules(rules: "str | Path | Mapping[str, Any] | Rules") -> Rules:
@@ -150,30 +178,39 @@ def _resolved(file: RuleFile, label: str, folder: Path, within: tuple[Path, ...]
     return Rules(label, (*base.rules, *rules), base.model.model_copy(update=file.model.model_dump(exclude_unset=True)))
 
 
-def match(sites: Iterable[Site], rules: Rules, opaque: tuple[Opaque, ...] = ()) -> Plan:
+def match(
+    sites: Iterable[Site], rules: Rules, opaque: tuple[Opaque, ...] = (), overwrites: tuple[Overwrite, ...] = ()
+) -> Plan:
     """Decide for every site what happens to it.
 
     Raises:
         RuleError: if a rule, or one glob of a rule, selects no Conv3d and is not optional.
     """
     sites = tuple(sites)
-    candidates = [site for site in sites if site.kind == CONV3D]
     for label, rule in rules.rules:
-        _check_selects(rule, label, candidates)
-    return Plan(rules, tuple(_decide(site, rules) for site in sites), opaque)
+        _check_selects(rule, label, sites)
+    return Plan(rules, tuple(_decide(site, rules) for site in sites), opaque, overwrites)
 
 
-def _check_selects(rule: Rule, label: str, sites: list[Site]) -> None:
+def _check_selects(rule: Rule, label: str, sites: tuple[Site, ...]) -> None:
     if rule.optional:
         return
+    convs = [site for site in sites if site.is_conv3d]
     for glob in rule.layers or ():
-        if not any(matches(site, glob) for site in sites):
-            raise RuleError(f"{label}: layers: {glob!r} selects no Conv3d. {_nearest(glob, sites)}")
-    if not any(rule.selects(site) for site in sites):
+        if not any(matches(site, glob) for site in convs):
+            instead = _instead(site for site in sites if matches(site, glob))
+            raise RuleError(f"{label}: layers: {glob!r} selects no Conv3d{instead}. {_nearest(glob, convs)}")
+    if not any(rule.selects(site) for site in convs):
         selectors = rule.model_dump(exclude_none=True, exclude={*SETTINGS, "optional"})
-        raise RuleError(
-            f"{label}: no Conv3d has all of {selectors}. Add `optional = true` if that is fine. {_nearest('', sites)}"
-        )
+        instead = _instead(site for site in sites if rule.selects(site))
+        hint = "Add `optional = true` if that is fine."
+        raise RuleError(f"{label}: no Conv3d has all of {selectors}{instead}. {hint} {_nearest('', convs)}")
+
+
+def _instead(others: Iterable[Site]) -> str:
+    """Say what a rule fits that is no Conv3d and so is not selected."""
+    kinds = Counter(site.kind for site in others)
+    return f", only {', '.join(f'{count} {kind}' for kind, count in kinds.items())}" if kinds else ""
 
 
 def _nearest(glob: str, sites: list[Site]) -> str:
@@ -188,7 +225,7 @@ def _common_prefix(name: str, glob: str) -> int:
 
 
 def _decide(site: Site, rules: Rules) -> Decision:
-    if site.kind != CONV3D:
+    if not site.is_conv3d:
         return Decision(site, False, "", f"not a Conv3d ({site.kind})")
     sets: dict[str, Any] = {}
     last = ""

@@ -5,7 +5,7 @@ import json
 from torch import nn
 
 from .errors import ModelError
-from .sites import CONV3D, ROLES, Site
+from .sites import CONV3D, Site
 from .trace import trace
 
 _EXCEPTIONS = {
@@ -37,7 +37,7 @@ def starting_rules(model: nn.Module) -> str:
         "# input_shape = [1, 3, 16, 112, 112]  # for the FLOPs of the report",
     ]
     tables = [header, *(_kind_rule(*kind, members) for kind, members in kinds.items())]
-    for role in ROLES:
+    for role in _EXCEPTIONS:
         members = [site for site in sites if role in site.roles]
         if members:
             tables.append(_role_rule(role, members))

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from .errors import RuleError, did_you_mean
-from .sites import Site
+from .sites import Role, Site
 
 
 def _as_list(value: object) -> object:
@@ -66,11 +66,12 @@ class Quantizer(_Table):
 
     quantizer: str = Field(description="Name of the quantizer, e.g. sign, approxsign, ternary, weightdorefa, lsq.")
     scale: Literal["channel"] | None = Field(
-        None, description='weight only: "channel" is a learned factor per output channel that starts at mean |w|.'
+        None, description='weight only: "channel" is a learned factor and offset per output channel.'
     )
-    threshold: Annotated[Literal["channel"] | Finite | None, _in_one_message('"channel" or a number')] = Field(
+    threshold: Annotated[Literal["channel", "auto"] | Finite | None, _in_one_message('"channel", "auto" or a number')] = Field(
         None,
-        description='input only: a learned threshold per input channel, starting at this number ("channel" starts it at 0).',
+        description="input only: a learned threshold per input channel, starting at this number. "
+        '"channel" starts it where it splits the values evenly; "auto" is the same, but none for inputs symmetric about 0.',
     )
 
     @property
@@ -96,8 +97,10 @@ class Rule(_Table):
     groups: Literal["dense", "grouped", "depthwise"] | None = Field(
         None, description="dense: 1 group; depthwise: as many as input channels; grouped: between."
     )
-    role: Literal["first", "last", "shortcut"] | None = Field(
-        None, description="Place in the traced graph: first or last Conv3d on the data path, or on a residual shortcut."
+    role: Role | None = Field(
+        None,
+        description="Place in the traced graph: first or last Conv3d on the data path, on a residual shortcut, or half of a "
+        "factorised pair (spatial and temporal, depthwise and pointwise).",
     )
     min_in_channels: int | None = Field(None, ge=0, description="At least this many input channels.")
     max_in_channels: int | None = Field(None, ge=0, description="At most this many input channels.")

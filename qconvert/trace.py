@@ -1,4 +1,4 @@
-"""Model -> `Traced`: its regions as fx graphs, its convolutions as sites. The only file that knows torch.fx.Tracer.
+"""Model -> `Traced`: its regions as fx graphs, its convolutions as sites. With alone.py all that knows torch.fx.Tracer.
 
 The graphs are for understanding; the user's own modules go on running (see rewrite.py). So a graph may be partial: where
 a forward cannot be traced, that module becomes one opaque node, and its children are traced on their own.
@@ -15,18 +15,20 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .alone import InPlaceProxy
 from .errors import ModelError
+from .functional import functional_sites
+from .inplace import overwrites
 from .layers import QConv3d_NoAct, obstacle
 from .rng import preserved_rng
 from .roles import RegionGraph, roles_of
-from .sites import CONV3D, Opaque, Site
+from .sites import Opaque, Overwrite, Site
 
-_FUNCTIONAL_CONV3D = {F.conv3d, torch.conv3d, torch.ops.aten.conv3d.default, torch.ops.aten.conv3d}
 _LONE = "conv"
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -39,13 +41,16 @@ class Traced:
         graphs: the forward of each part that torch.fx can follow, by the part's dotted name ("" is the whole model). In
             them every Conv3d, and every module that cannot be followed, is one node.
         opaque: the modules that cannot be followed, and why.
-        sites: every Conv3d, transposed and functional 3D convolution, in the order in which the modules are registered.
+        sites: every convolution and linear layer, in the order in which the modules are registered; functional 3D
+            convolutions behind them.
+        overwrites: the operations in place that break autograd, where a graph shows them.
     """
 
     model: nn.Module
     graphs: Mapping[str, fx.Graph]
     opaque: tuple[Opaque, ...]
     sites: tuple[Site, ...]
+    overwrites: tuple[Overwrite, ...] = ()
 
     @cached_property
     def regions(self) -> dict[str, fx.GraphModule]:
@@ -72,7 +77,7 @@ def trace(model: nn.Module) -> Traced:
     drop_foreign_hooks(victim, spared=leaves)
     with preserved_rng(seed=0):  # a forward that draws takes the same branch each time
         graphs, opaque = _Regions(victim).trace()
-    return Traced(model, graphs, tuple(opaque), tuple(_sites(model, graphs)))
+    return Traced(model, graphs, tuple(opaque), tuple(_sites(model, graphs)), overwrites(model, graphs))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -157,6 +162,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # subclasses too: by default fx walks into Conv3DSimple(nn.Conv3d), and the module is gone
         return isinstance(m, nn.Conv3d) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)
@@ -258,28 +266,26 @@ def _sites(model: nn.Module, graphs: dict[str, fx.Graph]) -> Iterator[Site]:
     first_name = {alias: module_names[0] for module_names in names.values() for alias in module_names}
     roles = roles_of(model, {name: RegionGraph(graph, name, first_name) for name, graph in graphs.items()})
     for module, (name, *aliases) in names.items():
-        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+        if isinstance(module, _LAYERS):
             yield _site(module, name, tuple(aliases), roles.get(name, frozenset()))
-    for region, graph in graphs.items():
-        for node in graph.nodes:
-            if node.op == "call_function" and node.target in _FUNCTIONAL_CONV3D:
-                yield Site(_joined(region, node.name), "function", kind="functional conv3d", blocker="not a module")
+    yield from functional_sites(model, graphs)
 
 
-def _site(conv: nn.Conv3d | nn.ConvTranspose3d, name: str, aliases: tuple[str, ...], roles: frozenset[str]) -> Site:
-    converted = isinstance(conv, QConv3d_NoAct)
+def _site(layer: Any, name: str, aliases: tuple[str, ...], roles: frozenset[str]) -> Site:
+    converted = isinstance(layer, QConv3d_NoAct)
+    is_linear = isinstance(layer, nn.Linear)
     return Site(
         name,
-        type(conv).__name__,
-        CONV3D if isinstance(conv, nn.Conv3d) else "ConvTranspose3d",
+        type(layer).__name__,
+        next(base.__name__ for base in _LAYERS if isinstance(layer, base)),
         aliases,
-        conv.in_channels,
-        conv.out_channels,
-        conv.groups,
-        tuple(conv.kernel_size),
-        _parameters(conv),
+        layer.in_features if is_linear else layer.in_channels,
+        layer.out_features if is_linear else layer.out_channels,
+        1 if is_linear else layer.groups,
+        () if is_linear else tuple(layer.kernel_size),
+        _parameters(layer),
         roles,
-        None if converted else obstacle(conv) if isinstance(conv, nn.Conv3d) else "not a Conv3d",
+        None if converted else obstacle(layer) if isinstance(layer, nn.Conv3d) else "not a Conv3d",
         converted,
     )
 

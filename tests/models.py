@@ -4,6 +4,7 @@
 """
 
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -381,6 +385,393 @@ class Unbatched(nn.Module):
         return torch.stack([self.conv(clip) for clip in x])
 
 
+class Length(nn.Module):
+    """It asks for the length of its argument, which a Proxy does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+
+    def forward(self, x):
+        return self.conv(x) / len(x)
+
+
+class ListInListOut(nn.Module):
+    """It takes a list, a pathway each, and returns one: fx has one Proxy for the list, which cannot be iterated over."""
+
+    def __init__(self):
+        super().__init__()
+        self.pathways = nn.ModuleList([_conv(), _conv()])
+
+    def forward(self, clips):
+        return [pathway(clip) for pathway, clip in zip(self.pathways, clips, strict=True)]
+
+
+class MutatedInputs(nn.Module):
+    """It overwrites what it is given, a list and the tensor in it: whoever runs it a second time must have made a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow = _conv()
+        self.fast = _conv()
+
+    def forward(self, clips):
+        clips[0] = self.slow(clips[0])
+        clips[1].mul_(0.5)
+        clips.append(self.fast(clips.pop()))
+        return clips[0] + clips[1]
+
+
+@dataclass
+class Clip:
+    """An input that torch's pytree does not look into."""
+
+    frames: Tensor
+    gain: float = 1.0
+
+
+@dataclass
+class Maps:
+    """An output. Registered with torch's pytree so that the tests look into it."""
+
+    first: Tensor
+    second: Tensor
+
+
+pytree.register_dataclass(Maps)
+
+
+class DataclassInDataclassOut(nn.Module):
+    """Dataclasses carry its tensors, between its modules too."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = _DataclassEncoder()
+        self.decode = _conv(4, 2)
+
+    def forward(self, clip):
+        maps = self.encode(clip)
+        return Maps(maps.first, self.decode(maps.second))
+
+
+class _DataclassEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+
+    def forward(self, clip):
+        y = self.conv(clip.frames) * clip.gain
+        return Maps(y, y.tanh())
+
+
+class VariableKeywords(nn.Module):
+    """It takes any keyword and hands them on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = KeywordOnly()
+
+    def forward(self, x, **options):
+        return self.inner(clip=x, **options)
+
+
+class NoGradPart(nn.Module):
+    """A method of it runs without gradients (a teacher, a frozen stem): its convolution gets none, converted or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = _conv()
+        self.head = _conv(4, 4)
+
+    @torch.no_grad()
+    def features(self, x):
+        return self.stem(x)
+
+    def forward(self, x):
+        y = self.head(self.features(x))
+        with torch.no_grad():
+            level = y.abs().mean()
+        return y / level
+
+
+class Checkpointed(nn.Module):
+    """Its middle is run a second time in the backward pass (gradient checkpointing), by an autograd.Function."""
+
+    use_reentrant = True
+
+    def __init__(self):
+        super().__init__()
+        self.stem = _conv()
+        self.block = nn.Sequential(_conv(4, 4), nn.Dropout3d(0.5), nn.Tanh())
+
+    def forward(self, x):
+        return checkpoint(self.block, self.stem(x), use_reentrant=self.use_reentrant)
+
+
+class CheckpointedByHooks(Checkpointed):
+    """The same in torch's newer way, by hooks on the tensors that are saved."""
+
+    use_reentrant = False
+
+
+class ScriptTypeCheck(nn.Module):
+    """The path depends on the argument's type, asked in TorchScript's way: False for a Proxy."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+        self.other = _conv()
+
+    def forward(self, clips):
+        if torch.jit.isinstance(clips, list[Tensor]):
+            return self.conv(clips[0]) + self.other(clips[1])
+        return self.conv(clips)
+
+
+class OwnCall(nn.Module):
+    """It has a part that overrides ``__call__`` and goes round nn.Module's: neither hooks nor fx see that call."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = _CallableBlock()
+        self.head = _conv(4, 4)
+
+    def forward(self, x):
+        return self.head(self.block(x, gain=0.5))
+
+
+class _CallableBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+
+    def __call__(self, x, gain):
+        return self.forward(x) * gain
+
+    def forward(self, x):
+        return self.conv(x).tanh()
+
+
+class TrainingOnly(nn.Module):
+    """One of its convolutions runs in training only (an auxiliary head), and then it returns more."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+        self.auxiliary = _conv(4, 4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.training:
+            return y, self.auxiliary(y)
+        return y
+
+
+class FrozenParameters(nn.Module):
+    """Its stem is not trained: that flag is each Parameter's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = _conv().requires_grad_(requires_grad=False)
+        self.head = _conv(4, 4)
+        self.head.bias.requires_grad_(requires_grad=False)
+
+    def forward(self, x):
+        return self.head(self.stem(x))
+
+
+class BackwardHooked(nn.Module):
+    """Hooks on the convolution change the gradient that comes and the one that goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = _conv()
+        self.conv = _conv(4, 4)
+        self.conv.register_full_backward_pre_hook(_doubled)
+        self.conv.register_full_backward_hook(_halved)
+
+    def forward(self, x):
+        return self.conv(self.stem(x))
+
+
+def _doubled(module, grad_output):
+    return tuple(gradient * 2 for gradient in grad_output)
+
+
+def _halved(module, grad_input, grad_output):
+    return tuple(gradient / 2 for gradient in grad_input)
+
+
+class StateDictHooked(nn.Module):
+    """Its convolution's checkpoints call the weight ``kernel``: hooks rename it, when one is made and when one is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+        self.conv.register_state_dict_post_hook(_kernel_out)
+        self.conv.register_load_state_dict_pre_hook(_kernel_in)
+        self.conv.register_load_state_dict_post_hook(_nothing_unexpected)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def _kernel_out(module, state, prefix, local_metadata):
+    state[f"{prefix}kernel"] = state.pop(f"{prefix}weight")
+
+
+def _kernel_in(module, state, prefix, *_):
+    if f"{prefix}kernel" in state:
+        state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+
+
+def _nothing_unexpected(module, incompatible):
+    assert not incompatible.unexpected_keys
+
+
+class PlainConv3d(nn.Conv3d):
+    """Has a constructor of its own and Conv3d's forward (as torchvision's Conv3DSimple)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, padding=1, bias=False)
+
+    @staticmethod
+    def kinds():
+        return "plain"
+
+
+class InheritedForward(nn.Module):
+    """Conv3d subclasses that fx walks into by default, asked for what they are besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = PlainConv3d(2, 4)
+        self.second = PlainConv3d(4, 4)
+
+    def forward(self, x):
+        assert isinstance(self.second, PlainConv3d)
+        return self.second(self.first(x).tanh()) * len(self.second.kinds())
+
+
+class CenteredConv3d(nn.Conv3d):
+    """Makes another weight and another input, then calls Conv3d's inner method."""
+
+    def forward(self, x):
+        return self._conv_forward(x - x.mean(), self.weight - self.weight.mean(), self.bias)
+
+
+class ConvForward(nn.Module):
+    """A Conv3d subclass whose forward goes round nn.Conv3d.forward, and is to be converted all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+        self.centered = CenteredConv3d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.centered(self.conv(x))
+
+
+class FourierConv3d(nn.Conv3d):
+    """Multiplies spectra: no convolution runs anywhere (MONAI has such layers)."""
+
+    def forward(self, x):
+        size = x.shape[2:]
+        spectrum = torch.einsum("ncdhw,ocdhw->nodhw", torch.fft.rfftn(x, size), torch.fft.rfftn(self.weight, size).conj())
+        return torch.fft.irfftn(spectrum, size) + self.bias.view(-1, 1, 1, 1)
+
+
+class Fourier(nn.Module):
+    """A Conv3d subclass that never convolves: it stays float.
+
+    Not in `TRAPS`, whose tests count MACs as if every Conv3d did.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+        self.fourier = FourierConv3d(4, 4, 3)
+
+    def forward(self, x):
+        return self.fourier(self.conv(x))
+
+
+class ComputedWeight(nn.Module):
+    """A network makes the kernel of its functional convolution (a hypernetwork)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = _conv()
+        self.make = nn.Linear(4, 3 * 4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return torch.conv3d(y, self.make(y.mean((0, 2, 3, 4))).view(3, 4, 1, 1, 1))
+
+
+class ParameterElsewhere(nn.Module):
+    """A convolution's weight is used by something else too, in float: an autoencoder whose decoder is the transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = _conv()
+
+    def forward(self, x):
+        return F.conv_transpose3d(self.encode(x).tanh(), self.encode.weight, padding=1)
+
+
+class SpectralNormed(nn.Module):
+    """Its weight is computed too, and in training each look at it changes buffers (a power iteration)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.utils.parametrizations.spectral_norm(_conv())
+        self.plain = _conv(4, 4)
+
+    def forward(self, x):
+        return self.plain(self.conv(x))
+
+
+class HookWeightNormed(nn.Module):
+    """The old weight_norm: a hook computes the weight, which is no Parameter, before every call."""
+
+    def __init__(self):
+        super().__init__()
+        # without a history the weight can be deep-copied, which the tests do with every model
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in half of the world's checkpoints
+            self.conv = nn.utils.weight_norm(_conv())
+        self.plain = _conv(4, 4)
+
+    def forward(self, x):
+        return self.plain(self.conv(x))
+
+
+class Pruned(nn.Module):
+    """A hook masks the weight before every call: most of it is exactly 0, and has a sign all the same."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():  # as for the old weight_norm
+            self.conv = prune.l1_unstructured(_conv(), "weight", amount=0.75)
+        self.plain = _conv(4, 4)
+
+    def forward(self, x):
+        return self.plain(self.conv(x))
+
+
+class LazyConv(nn.Module):
+    """Its convolution has neither a weight nor a number of input channels before it runs. Not in `TRAPS`: it has no size."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.LazyConv3d(4, 3, padding=1)
+        self.head = _conv(4, 4)
+
+    def forward(self, x):
+        return self.head(self.stem(x))
+
+
 TRAPS = (
     Entry("value control flow", ValueControlFlow, _clip, 2),
     Entry("type check", TypeCheck, _clip, 2),
@@ -404,6 +795,27 @@ TRAPS = (
     Entry("paddings", Paddings, _clip, 8),
     Entry("weight norm", WeightNormed, _clip, 2),
     Entry("unbatched", Unbatched, _clip, 1),
+    Entry("length", Length, _clip, 1),
+    Entry("list in list out", ListInListOut, lambda: [_clip(), _clip()], 2),
+    Entry("mutated inputs", MutatedInputs, lambda: [_clip(), _clip()], 2),
+    Entry("dataclass in dataclass out", DataclassInDataclassOut, lambda: Clip(_clip(), gain=0.5), 2),
+    Entry("variable keywords", VariableKeywords, lambda: {"x": _clip(), "gain": 0.5, "bias": torch.ones(())}, 1),
+    Entry("no grad part", NoGradPart, _clip, 2),
+    Entry("checkpointed", Checkpointed, _clip, 2),
+    Entry("checkpointed by hooks", CheckpointedByHooks, _clip, 2),
+    Entry("script type check", ScriptTypeCheck, lambda: [_clip(), _clip()], 2),
+    Entry("own call", OwnCall, _clip, 2),
+    Entry("training only", TrainingOnly, _clip, 2),
+    Entry("frozen parameters", FrozenParameters, _clip, 2),
+    Entry("backward hooked", BackwardHooked, _clip, 2),
+    Entry("state dict hooked", StateDictHooked, _clip, 1),
+    Entry("inherited forward", InheritedForward, _clip, 2),
+    Entry("conv forward", ConvForward, _clip, 2),
+    Entry("computed weight", ComputedWeight, _clip, 1),
+    Entry("parameter elsewhere", ParameterElsewhere, _clip, 1),
+    Entry("spectral norm", lambda: SpectralNormed().eval(), _clip, 2),
+    Entry("hook weight norm", HookWeightNormed, _clip, 2),
+    Entry("pruned", Pruned, _clip, 2),
     Entry("single conv", _conv, _clip, 1),
 )
 
@@ -428,3 +840,31 @@ class NeedsValues(TwoConvs):
 
     def forward(self, x):
         return super().forward(x * (2.0 if x.sum().item() > 0 else 1.0))
+
+
+class Residual(nn.Module):
+    """What most video networks are made of, wide enough for the default rules: a stem, two residual blocks and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv3d(2, 8, 3, padding=1, bias=False), nn.BatchNorm3d(8), nn.ReLU())
+        self.blocks = nn.Sequential(ResidualBlock(8), ResidualBlock(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3, 4)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around which the input goes."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm3d(channels)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm3d(channels)
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x)).relu()
+        return (self.norm2(self.conv2(y)) + x).relu()

@@ -155,7 +155,7 @@ def test_blocked_and_converted_sites_are_left_alone():
         ({"model": {"input_shape": [1, "a"]}}, r"input_shape: Input should be a list of sizes.*got \[1, 'a'\]"),
         (
             {"rule": [{"role": "frist"}]},
-            r"rule 1: role: .*'first', 'last' or 'shortcut', got 'frist'.*Did you mean 'first'\?",
+            r"rule 1: role: .*'first', 'last', .* or 'pointwise', got 'frist'.*Did you mean 'first'\?",
         ),
         ({"rule": [{"groups": "depth"}]}, r"groups: .*'depthwise'.*got 'depth'"),
         ({"rule": [{"quantize": 1}]}, r"quantize: .*boolean, got 1"),
@@ -209,7 +209,8 @@ def test_errors_of_a_quantizer(spec, message):
     [
         ({"layers": "blok.conv1"}, r"rules, rule 1: layers: 'blok.conv1' selects no Conv3d.*Did you mean 'block.conv1'\?"),
         ({"layers": ["stem", "head.*"]}, r"layers: 'head.\*' selects no Conv3d\. Nearest: "),
-        ({"layers": "up"}, "'up' selects no Conv3d"),  # a transposed convolution cannot be selected
+        ({"layers": "up"}, r"'up' selects no Conv3d, only 1 ConvTranspose3d\. Nearest: "),
+        ({"type": "*Transpose*"}, r"no Conv3d has all of \{'type': '\*Transpose\*'\}, only 1 ConvTranspose3d\. Add"),
         ({"kernel_size": 5, "role": "first"}, r"no Conv3d has all of \{'kernel_size': \[5, 5, 5\], 'role': 'first'\}"),
     ],
     ids=str,

@@ -28,28 +28,6 @@ class Standardized(nn.Conv3d):
         return F.conv3d(x, self.weight - self.weight.mean(), None, self.stride, self.padding)
 
 
-class Residual(nn.Module):
-    def __init__(self, channels, add="+"):
-        super().__init__()
-        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
-        self.skip = nn.Conv3d(channels, channels, 1)
-        self.add = add
-
-    def forward(self, x):
-        y = self.conv2(F.relu(self.conv1(x)))
-        match self.add:
-            case "+":
-                return y + self.skip(x)
-            case "+=":
-                y += self.skip(x)
-                return y
-            case "torch.add":
-                return torch.add(self.skip(x), y)
-            case "add_":
-                return y.add_(self.skip(x))
-
-
 class Branching(nn.Module):
     """Control flow on a value: fx cannot follow it."""
 
@@ -111,20 +89,6 @@ def test_the_graph_of_a_converted_model_lints_and_keeps_every_layer_whole():
     assert sum(isinstance(module, QConv3d) for module in called) == 20
     x = torch.randn(1, 3, 4, 32, 32)
     assert torch.equal(graph_module(x), converted(x))
-
-
-@pytest.mark.parametrize("add", ["+", "+=", "torch.add", "add_"])
-def test_shortcut_of_every_kind_of_addition(add):
-    found = roles(nn.Sequential(nn.Conv3d(1, 4, 1), Residual(4, add), nn.Conv3d(4, 1, 1)))
-    assert found == {"0": {"first"}, "1.skip": {"shortcut"}, "2": {"last"}}
-
-
-def test_a_subtraction_has_no_shortcut():
-    class Subtract(Residual):
-        def forward(self, x):
-            return self.conv2(self.conv1(x)) - self.skip(x)
-
-    assert all("shortcut" not in found for found in roles(Subtract(4)).values())
 
 
 def test_untraceable_model_is_taken_apart_in_the_order_of_registration():
@@ -284,19 +248,6 @@ def test_hooks_of_the_user_see_neither_the_trace_nor_the_count():
     assert seen == []
     converted(torch.zeros(1, 1, 2, 2, 2))
     assert len(seen) == 6
-
-
-def test_two_streams_that_meet_are_no_shortcut():
-    class TwoStreams(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rgb = nn.Sequential(nn.Conv3d(3, 4, 1), nn.Conv3d(4, 4, 1))
-            self.flow = nn.Conv3d(2, 4, 1)
-
-        def forward(self, rgb, flow):
-            return self.rgb(rgb) + self.flow(flow)
-
-    assert roles(TwoStreams()) == {"rgb.0": {"first"}, "rgb.1": {"last"}, "flow": {"first", "last"}}
 
 
 def test_generators_are_as_they_were():

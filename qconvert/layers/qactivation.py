@@ -22,10 +22,11 @@ gradient_window = quantizer_operator("gradient_window", _gradient_window, _insid
 
 
 class QActivation(nn.Module):
-    """Quantize an input, channel by channel shifted, with a window on its gradient.
+    """Quantize an input, channel by channel shifted and scaled, with a window on its gradient.
 
-    Forward: ``y = Q(x - threshold)`` (threshold per channel, 0 where there is none).
-    Gradient: that of Q where ``|x - threshold| <= gradient_cancellation_threshold``, else 0.
+    Forward: ``y = Q(u)``, ``u = (x - threshold) / spread`` (per channel; threshold 0 and spread 1 where there is none).
+    Gradient: that of Q at u, over the spread, where ``|u| <= gradient_cancellation_threshold``, else 0. So the window, and
+    the shape of Q's gradient, are in units of the channel's spread; a sign itself does not depend on it.
 
     Shapes: input and output (N, C, D, H, W) or (C, D, H, W).
 
@@ -35,13 +36,15 @@ class QActivation(nn.Module):
     Args:
         activation: quantizer, by name or as a module.
         gradient_cancellation_threshold: half-width of the window; None or 0 is off.
-        threshold: start of the per-channel thresholds, shape (C,); None is no threshold.
+        threshold: start of the per-channel thresholds, which are learned, shape (C,); None is no threshold.
+        spread: the channels' standard deviation, above 0, shape (C,), which is not learned; None is 1.
 
     Raises:
         QuantizerError: for an unknown quantizer or a negative window.
     """
 
     threshold: nn.Parameter | None
+    spread: Tensor | None
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class QActivation(nn.Module):
         gradient_cancellation_threshold: float | None = 1.0,
         *,
         threshold: Tensor | None = None,
+        spread: Tensor | None = None,
     ) -> None:
         super().__init__()
         window = gradient_cancellation_threshold
@@ -60,20 +64,22 @@ class QActivation(nn.Module):
         self.activation_function = quantizer(activation)
         self.gradient_cancellation_threshold = gradient_cancellation_threshold
         self.register_parameter("threshold", None if threshold is None else nn.Parameter(threshold))
+        self.register_buffer("spread", spread)
 
     def forward(self, input_tensor: Tensor) -> Tensor:
         """Return the quantized input."""
         x = input_tensor
         if self.threshold is not None:
             x = x - self.threshold.view(-1, 1, 1, 1)
+        if self.spread is not None:
+            x = x / self.spread.view(-1, 1, 1, 1)
         if self.gradient_cancellation_threshold is not None and self.gradient_cancellation_threshold > 0:
             x = gradient_window(x, float(self.gradient_cancellation_threshold))
         quantized: Tensor = self.activation_function(x)
         return quantized
 
     def extra_repr(self) -> str:
-        """Show the window and whether there are thresholds."""
+        """Show the window and whether there are thresholds and spreads."""
         settings: dict[str, Any] = {"gradient_cancellation_threshold": self.gradient_cancellation_threshold}
-        if self.threshold is not None:
-            settings["threshold"] = "per channel"
+        settings |= {key: "per channel" for key in ("threshold", "spread") if getattr(self, key) is not None}
         return ", ".join(f"{key}={value}" for key, value in settings.items())

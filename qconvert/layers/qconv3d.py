@@ -14,6 +14,9 @@ from .subclass import obstacle, own_state, quantized_class
 Part = TypeVar("Part", bound=nn.Module)
 Size = int | tuple[int, ...]
 """A number for all of D, H, W, or one for each."""
+Start = float | Tensor | None
+"""What a setting per channel starts from: one number for all, or one for each."""
+ScaleStart = str | Start
 
 
 def conv3d(
@@ -56,11 +59,16 @@ def _triple(size: Size) -> tuple[int, ...]:
     return (size,) * 3 if isinstance(size, int) else size
 
 
+def default_pad_value(inputs: Quantization) -> float:
+    """Return the border's value where none is given: -1, which has a code, for inputs of 1 bit, else 0."""
+    return -1.0 if inputs.bit_width == 1 else 0.0
+
+
 class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
     """3D convolution with quantized weights; its input is taken as it comes.
 
-    Forward: ``y = scale * conv3d(pad(x), Q_w(weight)) + bias``, scale and bias per output channel, both in float and after
-    the convolution. Gradient: that of the convolution, times that of Q_w for the latent weight.
+    Forward: ``y = scale * conv3d(pad(x), Q_w(weight)) + offset + bias``, all three per output channel, in float and after the
+    convolution. Gradient: that of the convolution, times that of Q_w for the latent weight.
 
     Shapes: as `torch.nn.Conv3d`: (N, C, D, H, W) or (C, D, H, W) in, (N, O, D', H', W') or (O, D', H', W') out.
 
@@ -68,21 +76,25 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
     padding is used. The other padding modes and ``padding="same"`` mean what they mean in torch.
 
     Semantics of bitorch's layer of that name (https://github.com/hpi-xnor/bitorch); docs/semantics.md lists the
-    differences. The scale is XNOR-Net's (Rastegari et al. 2016, https://arxiv.org/abs/1603.05279): it starts at the
-    least-squares fit of ``scale * Q_w(weight)`` to the weight, which for the sign is mean |weight|, and is learned.
+    differences. The scale is XNOR-Net's (Rastegari et al. 2016, https://arxiv.org/abs/1603.05279): without a start given it
+    is the least-squares fit of ``scale * Q_w(weight)`` to the weight, which for the sign is mean |weight|. It is learned, and
+    so is the offset.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as Conv3d.
         bias: as Conv3d, but off by default.
         weight_quantization: quantizer of the weight, by name or as a module.
         pad_value: value of the border; None is -1, which has a 1-bit code where the input is binary.
-        scale: ``"channel"`` for a learned factor per output channel, None for none.
+        scale: a learned factor per output channel: ``"channel"`` for one that starts at the fit, or its start as a number or
+            a tensor of shape (O,). None is no factor.
+        offset: a learned summand per output channel: its start as a number or a tensor of shape (O,). None is no summand.
 
     Raises:
-        QuantizerError: for an unknown quantizer or scale.
+        QuantizerError: for an unknown quantizer, scale or offset.
     """
 
     scale: nn.Parameter | None
+    offset: nn.Parameter | None
     _default_pad_value = -1.0
 
     def __init__(
@@ -101,7 +113,8 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         *,
         weight_quantization: str | Quantization = "sign",
         pad_value: float | None = None,
-        scale: str | None = None,
+        scale: ScaleStart = None,
+        offset: Start = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -116,7 +129,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
             device,
             dtype,
         )
-        self._quantize_weights(weight_quantization, pad_value, scale)
+        self._quantize_weights(weight_quantization, pad_value, scale, offset)
 
     @classmethod
     def from_float(cls, conv: nn.Conv3d, **settings: Any) -> Self:
@@ -146,27 +159,42 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         *,
         weight_quantization: str | Quantization = "sign",
         pad_value: float | None = None,
-        scale: str | None = None,
+        scale: ScaleStart = None,
+        offset: Start = None,
     ) -> None:
-        self._quantize_weights(weight_quantization, pad_value, scale)
+        self._quantize_weights(weight_quantization, pad_value, scale, offset)
 
-    def _quantize_weights(self, quantization: str | Quantization, pad_value: float | None, scale: str | None) -> None:
-        if scale not in (None, "channel"):
-            raise QuantizerError(f'scale must be "channel" or None, got {scale!r}')
+    def _quantize_weights(
+        self, quantization: str | Quantization, pad_value: float | None, scale: ScaleStart, offset: Start
+    ) -> None:
+        if isinstance(scale, str) and scale != "channel":
+            raise QuantizerError(f'scale must be "channel", a number, a tensor or None, got {scale!r}')
         self._weight_quantize = self._placed(quantizer(quantization))
         self._weight_quantize.start_from(self.weight)
         if pad_value is not None and not isinstance(pad_value, (int, float)):
             raise QuantizerError(f"pad_value must be a number or None, got {pad_value!r}")
         self.pad_value = self._default_pad_value if pad_value is None else float(pad_value)
-        self.register_parameter("scale", None)
-        if scale is not None:
-            start = self._weight_quantize.fitted_scale(self.weight)
-            self.scale = nn.Parameter(start, requires_grad=self.weight.requires_grad)
+        fitted = self._weight_quantize.fitted_scale(self.weight) if isinstance(scale, str) else scale
+        for name, start in (("scale", fitted), ("offset", offset)):
+            values = self._start(name, start, self.out_channels)
+            learned = None if values is None else nn.Parameter(values, requires_grad=self.weight.requires_grad)
+            self.register_parameter(name, learned)
 
     def _placed(self, module: Part) -> Part:
         """Return the module as the layer is: its device, dtype and mode; frozen where its weight is."""
         placed = module.to(self.weight.device, self.weight.dtype).train(self.training)
         return placed.requires_grad_(self.weight.requires_grad)
+
+    def _start(self, name: str, start: Start, channels: int) -> Tensor | None:
+        """Return the start of a setting per channel as a tensor of its own, as the layer is."""
+        if start is None:
+            return None
+        if not isinstance(start, (int, float, Tensor)):
+            raise QuantizerError(f"{name} must be a number, a tensor or None, got {start!r}")
+        values = torch.as_tensor(start, device=self.weight.device, dtype=self.weight.dtype)
+        if values.shape not in ((), (1,), (channels,)):
+            raise QuantizerError(f"{name} must have {channels} values or 1, got shape {tuple(values.shape)}")
+        return values.detach().expand(channels).clone()
 
     def reset_parameters(self) -> None:
         """Start the weight anew (Xavier normal), and what depends on it."""
@@ -177,6 +205,8 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
             self._weight_quantize.start_from(self.weight)
             if self.scale is not None:
                 self.scale.data.copy_(self._weight_quantize.fitted_scale(self.weight))
+            if self.offset is not None:
+                nn.init.zeros_(self.offset)
 
     def _apply_padding(self, x: Tensor) -> Tensor:
         """Return ``x`` with its border, as the convolution sees it."""
@@ -197,24 +227,25 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         )
         if self.scale is not None:
             output = output * self.scale.view(-1, 1, 1, 1)
+        if self.offset is not None:
+            output = output + self.offset.view(-1, 1, 1, 1)
         if bias is not None and inner_bias is None:
             output = output + bias.view(-1, 1, 1, 1)
         return output
 
     def extra_repr(self) -> str:
-        """Show Conv3d's arguments, the border value and the scale."""
-        scale = "" if self.scale is None else ", scale=per channel"
+        """Show Conv3d's arguments, the border value, and whether there are a scale and an offset."""
+        learned = "".join(f", {name}=per channel" for name in ("scale", "offset") if getattr(self, name) is not None)
         shape: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{shape}, pad_value={self.pad_value:g}{scale}"
+        return f"{shape}, pad_value={self.pad_value:g}{learned}"
 
 
 class QConv3d(QConv3d_NoAct):
     """3D convolution with quantized weights and inputs.
 
-    Forward: ``y = scale * conv3d(pad(Q_in(x - threshold)), Q_w(weight)) + bias``. The border is added after the input
-    quantizer: -1 where that has 1 bit, 0 where it has more.
-    Gradient: to the input that of Q_in where ``|x - threshold| <= gradient_cancellation_threshold``, else 0; to the latent
-    weight that of Q_w.
+    Forward: ``y = scale * conv3d(pad(Q_in(u)), Q_w(weight)) + offset + bias``, ``u = (x - threshold) / spread``. The border is
+    added after the input quantizer: -1 where that has 1 bit, 0 where it has more.
+    Gradient: to u that of Q_in where ``|u| <= gradient_cancellation_threshold``, else 0; to the latent weight that of Q_w.
 
     Shapes: as `torch.nn.Conv3d`: (N, C, D, H, W) or (C, D, H, W) in, (N, O, D', H', W') or (O, D', H', W') out.
 
@@ -231,10 +262,14 @@ class QConv3d(QConv3d_NoAct):
         pad_value: value of the border; None is -1 for a 1-bit input quantizer and 0 for any other.
         threshold: what is taken off the input before it is quantized, learned per input channel: its start as a number
             or a tensor of shape (C,). None is no threshold.
-        scale: ``"channel"`` for a learned factor per output channel, None for none.
+        spread: what the input is divided by then, per input channel: a positive number or a tensor of shape (C,), which is
+            not learned. None is 1.
+        scale: a learned factor per output channel: ``"channel"`` for one that starts at the fit, or its start as a number or
+            a tensor of shape (O,). None is no factor.
+        offset: a learned summand per output channel: its start as a number or a tensor of shape (O,). None is no summand.
 
     Raises:
-        QuantizerError: for an unknown quantizer, a negative window, or an unknown scale.
+        QuantizerError: for an unknown quantizer, a negative window, or a start of the wrong shape.
     """
 
     def __init__(
@@ -255,8 +290,10 @@ class QConv3d(QConv3d_NoAct):
         weight_quantization: str | Quantization = "sign",
         gradient_cancellation_threshold: float | None = 1.0,
         pad_value: float | None = None,
-        threshold: float | Tensor | None = None,
-        scale: str | None = None,
+        threshold: Start = None,
+        spread: Start = None,
+        scale: ScaleStart = None,
+        offset: Start = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -273,8 +310,9 @@ class QConv3d(QConv3d_NoAct):
             weight_quantization=weight_quantization,
             pad_value=pad_value,
             scale=scale,
+            offset=offset,
         )
-        self._quantize_inputs(input_quantization, gradient_cancellation_threshold, threshold, pad_value)
+        self._quantize_inputs(input_quantization, gradient_cancellation_threshold, threshold, spread, pad_value)
 
     def _quantize(
         self,
@@ -283,32 +321,28 @@ class QConv3d(QConv3d_NoAct):
         weight_quantization: str | Quantization = "sign",
         gradient_cancellation_threshold: float | None = 1.0,
         pad_value: float | None = None,
-        threshold: float | Tensor | None = None,
-        scale: str | None = None,
+        threshold: Start = None,
+        spread: Start = None,
+        scale: ScaleStart = None,
+        offset: Start = None,
     ) -> None:
-        self._quantize_weights(weight_quantization, pad_value, scale)
-        self._quantize_inputs(input_quantization, gradient_cancellation_threshold, threshold, pad_value)
+        self._quantize_weights(weight_quantization, pad_value, scale, offset)
+        self._quantize_inputs(input_quantization, gradient_cancellation_threshold, threshold, spread, pad_value)
 
     def _quantize_inputs(
         self,
         quantization: str | Quantization,
         window: float | None,
-        threshold: float | Tensor | None,
+        threshold: Start,
+        spread: Start,
         pad_value: float | None,
     ) -> None:
-        self.activation = self._placed(QActivation(quantization, window, threshold=self._start_of(threshold)))
-        if pad_value is None and self.activation.activation_function.bit_width != 1:
-            self.pad_value = 0.0
-
-    def _start_of(self, threshold: float | Tensor | None) -> Tensor | None:
-        if threshold is None:
-            return None
-        if not isinstance(threshold, (int, float, Tensor)):
-            raise QuantizerError(f"threshold must be a number, a tensor or None, got {threshold!r}")
-        start = torch.as_tensor(threshold, device=self.weight.device, dtype=self.weight.dtype)
-        if start.shape not in ((), (1,), (self.in_channels,)):
-            raise QuantizerError(f"threshold must have {self.in_channels} values or 1, got shape {tuple(start.shape)}")
-        return start.expand(self.in_channels).clone()
+        starts = {
+            name: self._start(name, start, self.in_channels) for name, start in (("threshold", threshold), ("spread", spread))
+        }
+        self.activation = self._placed(QActivation(quantization, window, **starts))
+        if pad_value is None:
+            self.pad_value = default_pad_value(self.activation.activation_function)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
         return super()._conv_forward(self.activation(input), weight, bias)

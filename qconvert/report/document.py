@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from .facts import Uncounted
@@ -24,17 +26,10 @@ NOT_RUN = (
 class Document(ABC):
     """A report. Subclasses say what is in it."""
 
-    uncounted: tuple[Uncounted, ...]
-
     @property
     @abstractmethod
     def title(self) -> str:
         """One line that says what it is about."""
-
-    @property
-    @abstractmethod
-    def was_run(self) -> bool:
-        """Whether operations were counted."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -45,8 +40,67 @@ class Document(ABC):
         """Return one row per layer."""
 
     @abstractmethod
+    def notes(self) -> list[str]:
+        """Return the conventions, and what the numbers leave out."""
+
+    def tables(self) -> tuple[Table, ...]:
+        """Return what a text shows, from top to bottom."""
+        return (self.layer_table(),)
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON; a number that JSON does not have is the string "inf", "-inf" or "nan"."""
+        return json.dumps(_json_value(self.to_dict()), indent=2)
+
+    def to_csv(self) -> str:
+        """Return one line per layer, every number exact."""
+        table = self.layer_table()
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(table.headers)
+        writer.writerows([shown(cell) if isinstance(cell, tuple) else cell for cell in row] for row in table.rows)
+        return out.getvalue()
+
+    def to_text(self) -> str:
+        """Return tables for a terminal: wide columns are left out, rows that say little are added up by type."""
+        return self._joined(text_table, "")
+
+    def to_markdown(self) -> str:
+        """Return tables in GitHub's Markdown, with every layer and column."""
+        return self._joined(markdown_table, "- ")
+
+    def _joined(self, as_text: Callable[[Table], str], bullet: str) -> str:
+        notes = "\n".join(f"{bullet}{note}" for note in self.notes())
+        return "\n\n".join([self.title, *map(as_text, self.tables()), notes]) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class CostDocument(Document):
+    """A report about bits and operations."""
+
+    uncounted: tuple[Uncounted, ...]
+
+    @property
+    @abstractmethod
+    def was_run(self) -> bool:
+        """Whether operations were counted."""
+
+    @abstractmethod
     def totals_table(self) -> Table:
         """Return the sums."""
+
+    def tables(self) -> tuple[Table, ...]:
+        """Return the layers and the totals."""
+        return self.layer_table(), self.totals_table()
 
     def notes(self) -> list[str]:
         """Return the conventions, and what the numbers leave out."""
@@ -59,34 +113,6 @@ class Document(ABC):
             notes.append(f"Never called, so without operations: {', '.join(idle)}.")
         return notes
 
-    def to_json(self) -> str:
-        """Return `to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def to_csv(self) -> str:
-        """Return one line per layer, every number exact."""
-        table = self.layer_table()
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(table.headers)
-        writer.writerows([shown(cell) if isinstance(cell, tuple) else cell for cell in row] for row in table.rows)
-        return out.getvalue()
-
-    def to_text(self) -> str:
-        """Return tables for a terminal: layers without MACs are added up by type, wide columns are left out."""
-        return self._joined(text_table(self.layer_table()), text_table(self.totals_table()), "")
-
-    def to_markdown(self) -> str:
-        """Return tables in GitHub's Markdown, with every layer and column."""
-        return self._joined(markdown_table(self.layer_table()), markdown_table(self.totals_table()), "- ")
-
     def to_html(self) -> str:
         """Return one self-contained page, with bars that show where bits and operations go."""
         return html_page(self.title, self.layer_table(), self.totals_table(), self.notes())
-
-    def _joined(self, layers: str, totals: str, bullet: str) -> str:
-        notes = "\n".join(f"{bullet}{note}" for note in self.notes())
-        return f"{self.title}\n\n{layers}\n\n{totals}\n\n{notes}\n"
-
-    def __str__(self) -> str:
-        return self.to_text()

@@ -7,16 +7,16 @@ from torch import nn
 
 from ..layers import QConv3d_NoAct
 from ..rewrite import plan_of
-from ..sites import Opaque
+from ..sites import Opaque, Overwrite
 from ..trace import unwrapped
-from .document import Document
+from .document import CostDocument
 from .facts import Layer, Uncounted, collect
 from .table import Cell, Table
 from .totals import Totals, add_up
 
 
 @dataclass(frozen=True)
-class Profile(Document):
+class Profile(CostDocument):
     """What one model costs, layer by layer and in total.
 
     Attributes:
@@ -98,7 +98,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report(Document):
+class Report(CostDocument):
     """A model before and after a conversion, layer by layer and in total.
 
     Attributes:
@@ -107,6 +107,7 @@ class Report(Document):
         before, after: the totals.
         uncounted: what ran without a MAC formula or was never called, after the conversion.
         opaque: the modules that torch.fx could not look into, and why.
+        overwrites: the operations in place that broke autograd, rewritten or left.
     """
 
     model: str
@@ -115,6 +116,7 @@ class Report(Document):
     after: Totals
     uncounted: tuple[Uncounted, ...]
     opaque: tuple[Opaque, ...]
+    overwrites: tuple[Overwrite, ...] = ()
 
     @property
     def title(self) -> str:
@@ -129,17 +131,18 @@ class Report(Document):
         return self.after.macs is not None
 
     def notes(self) -> list[str]:
-        """Return the conventions, what the numbers leave out, and what could not be traced."""
-        return [*super().notes(), *map(str, self.opaque)]
+        """Return the conventions, what the numbers leave out, what could not be traced, and what was rewritten."""
+        return [*super().notes(), *map(str, (*self.opaque, *self.overwrites))]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data: ``totals`` (``before``, ``after``), ``layers``, ``uncounted``, ``opaque``."""
+        """Return plain data: ``totals`` (``before``, ``after``), ``layers``, ``uncounted``, ``opaque``, ``overwrites``."""
         return {
             "model": self.model,
             "totals": {"before": self.before.to_dict(), "after": self.after.to_dict()},
             "layers": [row.to_dict() for row in self.rows],
             "uncounted": [asdict(entry) for entry in self.uncounted],
             "opaque": [asdict(module) for module in self.opaque],
+            "overwrites": [asdict(operation) for operation in self.overwrites],
         }
 
     def layer_table(self) -> Table:
@@ -203,9 +206,9 @@ def compare(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> 
         reason = decision.reason if decision else "no conversion recorded" if is_conv3d else "not a Conv3d"
         verdict = "converted" if name in converted else "float"
         rows.append(Row(old_layers.get(name), new_layers.get(name), verdict, decision.rule if decision else "", reason))
-    opaque = plan.opaque if plan else ()
+    opaque, overwrites = (plan.opaque, plan.overwrites) if plan else ((), ())
     name = type(unwrapped(before)).__name__
-    return Report(name, tuple(rows), add_up(old), add_up(new), new.uncounted, opaque)
+    return Report(name, tuple(rows), add_up(old), add_up(new), new.uncounted, opaque, overwrites)
 
 
 def _layer_dict(layer: Layer) -> dict[str, Any]:

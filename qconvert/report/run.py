@@ -5,7 +5,7 @@ torch.utils.flop_counter (1 MAC = 2 FLOPs), and belong to the innermost layer th
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import InputError
+from ..example import arguments
 from ..rng import preserved_rng
 from ..trace import copied, drop_foreign_hooks
 
@@ -128,21 +129,12 @@ def _decomposed_attention() -> Iterator[None]:
 
 def _watched(model: nn.Module, inputs: Any) -> Runs:
     """Run the model, a copy that nobody else uses, in evaluation mode."""
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     runs = Runs()
     runs.watch(model.eval())
     with torch.no_grad(), runs:
         model(*args, **kwargs)
     return runs
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tuple holds the arguments, a dict the keyword arguments; anything else is the one argument."""
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs,), {}
 
 
 def _failure(model: nn.Module, example_inputs: Any, error: Exception) -> str:

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+
+class Measure(float):
+    """A measured number, of any magnitude: shown with three significant digits rather than as a count."""
+
+
 Cell = str | int | float | tuple[int, ...] | None
 
 

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from tabulate import tabulate
 
-from .table import Cell, Table
+from .table import Cell, Measure, Table
 
 _PREFIXES = ("", " k", " M", " G", " T", " P")
 _STEP = 1000
@@ -28,6 +28,8 @@ def shown(cell: Cell) -> str:
         return "-"
     if isinstance(cell, tuple):
         return "x".join(map(str, cell))
+    if isinstance(cell, Measure):
+        return f"{cell:.3g}"
     return si(cell) if isinstance(cell, (int, float)) else cell
 
 

@@ -42,7 +42,7 @@ class Awkward(ValueControlFlow):
 _RULES = {
     "rule": [
         {"input": "sign", "weight": {"quantizer": "sign", "scale": "channel"}, "reason": "bulk"},
-        {"role": "first", "quantize": False, "reason": "reads pixels", "optional": True},
+        {"layers": ["stem", "bright"], "quantize": False, "reason": "reads pixels", "optional": True},
         {"kernel_size": 1, "weight": {"quantizer": "ternary"}, "input": "identity", "reason": "narrow", "optional": True},
     ]
 }

@@ -62,7 +62,7 @@ class TestCompare:
             "first": ("float", "no rule selects it"),
             "norm": ("float", "not a Conv3d"),
             "second": ("converted", "the large one"),
-            "head": ("float", "not a Conv3d"),
+            "head": ("float", "not a Conv3d (Linear)"),
         }
         assert [bool(layer["rule"]) for layer in layers.values()] == [False, False, True, False]
 

@@ -1,0 +1,193 @@
+"""Calibration: one pass over the user's data sets what the graph alone can only estimate.
+
+Batch by batch the float model runs, and then the converted one. Layer after layer, in the order of the data, each converted
+layer's threshold moves to where it splits what the layer really reads, and its scale and offset to where its output has
+the mean and spread of the float layer's; the BatchNorms behind it see the output so corrected and collect their running
+statistics anew. What is kept is a few numbers per channel, however many batches there are.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .distribution import POINTS, Distribution, mixture
+from .errors import InputError, QConvertError
+from .example import arguments
+from .layers import QConv3d
+from .observer import _copied_batch as copied_batch
+from .observer import _failure as does_not_run
+from .observer import _make_float as make_float
+from .rules import Plan
+from .trace import copied
+
+_SAMPLE = 2**13
+"""Values of a channel, evenly spread over a batch, that stand for all of them."""
+
+
+class Moments:
+    """Mean and standard deviation per channel of all that was added."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0  # sum of squared distances from the mean
+
+    def add(self, values: Tensor) -> None:
+        """Add values of shape (C, n) (Chan et al. 1979, parallel updating of moments)."""
+        count, mean = values.shape[1], values.mean(1)
+        total, distance = self.count + count, mean - self.mean
+        self._squares = self._squares + values.var(1, correction=0) * count + distance**2 * (self.count * count / total)
+        self.mean = self.mean + distance * (count / total)
+        self.count = total
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation of each channel, shape (C,)."""
+        return torch.as_tensor(self._squares / max(self.count, 1)).sqrt()
+
+
+@dataclass
+class _Layer:
+    """What has been seen of one layer, and where that puts its settings."""
+
+    name: str
+    float_output: Moments = field(default_factory=Moments)
+    raw_output: Moments = field(default_factory=Moments)
+    reads: Distribution | None = None
+    batches: int = 0
+
+    def watch_float(self, conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Stand in for the float layer's ``_conv_forward``."""
+        output: Tensor = type(conv)._conv_forward(conv, x, weight, bias)
+        self.float_output.add(_channels(output, self.name))
+        return output
+
+    def watch_quantized(self, layer: QConv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Stand in for the quantized layer's ``_conv_forward``: correct the layer, then run it."""
+        self._read(layer.activation, _channels(x, self.name))
+        if layer.scale is None or layer.offset is None or not self.float_output.count:
+            return type(layer)._conv_forward(layer, x, weight, bias)
+        layer.scale.fill_(1)
+        layer.offset.fill_(0)
+        output = type(layer)._conv_forward(layer, x, weight, None)
+        self.raw_output.add(_channels(output, self.name))
+        std = self.raw_output.std
+        layer.scale.copy_(torch.where(std > 0, self.float_output.std / std, 1.0))
+        constant = 0.0 if bias is None else bias
+        layer.offset.copy_(self.float_output.mean - constant - layer.scale * self.raw_output.mean)
+        return output * layer.scale.view(-1, 1, 1, 1) + (layer.offset + constant).view(-1, 1, 1, 1)
+
+    def _read(self, activation: nn.Module, values: Tensor) -> None:
+        new = _measured(values)
+        self.reads = new if self.reads is None else mixture([self.reads, new], [self.batches, 1])
+        self.batches += 1
+        if activation.spread is None:
+            return  # no threshold, or one that the rules gave as a number
+        activation.spread.copy_(self.reads.spread)
+        if activation.threshold is not None:
+            activation.threshold.copy_(self.reads.split)
+
+
+def _channels(tensor: Tensor, layer: str) -> Tensor:
+    """Return the values of each channel, shape (C, n), of (N, C, D, H, W) or (C, D, H, W).
+
+    Raises:
+        InputError: if one of them is not finite.
+    """
+    values = tensor.movedim(-4, 0).flatten(1).float()
+    if not values.isfinite().all():
+        raise InputError(f"layer {layer!r} meets values that are not finite: NaN or infinity in the calibration data?")
+    return values
+
+
+def _measured(values: Tensor) -> Distribution:
+    step = max(1, values.shape[1] // _SAMPLE) | 1  # odd, so as not to fall in step with the width of a frame
+    ordered = values[:, ::step].sort(1).values.cpu()
+    place = (torch.arange(POINTS, device="cpu") + 0.5) / POINTS * ordered.shape[1]
+    return Distribution(ordered[:, place.long()])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the data say about a converted model.
+
+    Attributes:
+        state: thresholds, spreads, scales, offsets and running statistics, by state-dict key.
+        inputs: what each converted layer reads, by its name. A layer that was not reached is not there.
+    """
+
+    state: dict[str, Tensor]
+    inputs: dict[str, Distribution]
+
+
+@torch.no_grad()
+def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calibration:
+    """Run a converted model and its float counterpart over the data, and return what they say.
+
+    Args:
+        converted: a copy that nobody else uses. A BatchNorm that is frozen (in eval mode in a model that trains) stays so.
+        plan: what was converted.
+        batches: example inputs, of the form that `binarize` takes: a tensor (or a list, for a model that takes one), a tuple
+            of arguments, or a dict of keyword arguments.
+
+    Raises:
+        InputError: if there is no batch, or the model does not run on one.
+    """
+    live = [norm for norm in converted.modules() if _collects(norm) and norm.training == converted.training]
+    original = copied(converted.eval())
+    layers = {decision.site.name: _Layer(decision.site.name) for decision in plan.converted}
+    for name, layer in layers.items():
+        counterpart, quantized = original.get_submodule(name), converted.get_submodule(name)
+        make_float(counterpart)
+        # under the forward of a subclass, and under the hooks of the user
+        vars(counterpart)["_conv_forward"] = partial(layer.watch_float, counterpart)
+        vars(quantized)["_conv_forward"] = partial(layer.watch_quantized, quantized)
+    for norm in live:
+        norm.train()
+        norm.momentum = None  # the average of all batches
+        norm.reset_running_stats()
+    number = 0
+    for number, batch in enumerate(track(batches, "Calibrating", console=Console(stderr=True), transient=True), start=1):
+        for model in (original, converted):
+            _run(model, batch, number)
+    if not number:
+        raise InputError("calibration_data has no batch: an iterator that was used up? Pass a list or a DataLoader")
+    inputs = {name: layer.reads for name, layer in layers.items() if layer.reads is not None}
+    return Calibration(_state(converted, layers, live), inputs)
+
+
+def _collects(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm with running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+def _run(model: nn.Module, batch: Any, number: int) -> None:
+    args, kwargs = arguments(copied_batch(batch))
+    try:
+        model(*args, **kwargs)
+    except QConvertError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"calibration batch {number}: {does_not_run(model, batch, error)}. Of a loader that yields (inputs, labels), pass "
+            "the inputs alone: (inputs for inputs, _ in loader)"
+        ) from error
+
+
+def _state(model: nn.Module, layers: Iterable[str], norms: list[nn.Module]) -> dict[str, Tensor]:
+    """Return what the calibration has set."""
+    changed: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in layers:
+            learned = {"activation.threshold", "activation.spread", "scale", "offset"}
+            changed |= {f"{name}.{key}": value for key, value in module.state_dict().items() if key in learned}
+        elif any(module is norm for norm in norms):
+            changed |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
+    return {key: value.detach().clone() for key, value in changed.items()}

@@ -1,0 +1,166 @@
+"""What every convolution reads and puts out, told from the graph alone: an abstract interpretation of the traced regions.
+
+A value is a `Distribution`, and `transfer` says what each operation makes of it. What there is no rule for is unknown; where
+a module cannot be traced, its children are taken in the order in which they are registered.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .distribution import UNKNOWN, Distribution, mixture
+from .geometry import Size
+from .trace import Traced
+from .transfer import Operation, is_untrained, transfer
+
+USUAL_SIZE = (16, 112, 112)
+"""Depth, height and width of a clip that action recognition takes."""
+
+_LARGEST_CONSTANT = 2**16
+"""Tensors of more values than this are not computed with: they are weights, not settings."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What is known about one convolution's data.
+
+    Attributes:
+        input: what it reads.
+        output: what it puts out.
+        anytime: what it reads, whether the model trains or not. It differs from ``input`` only behind a BatchNorm that has
+            never been trained, which normalises in training and does next to nothing in evaluation: both, and seven times as
+            often what it is in the mode that the model is in.
+    """
+
+    input: Distribution
+    output: Distribution
+    anytime: Distribution
+
+
+@torch.no_grad()
+def signals(traced: Traced, size: Size = USUAL_SIZE) -> dict[str, Signal]:
+    """Return the signal of each Conv3d, by the name of its site. A convolution that no graph reaches has none.
+
+    Args:
+        traced: the model.
+        size: depth, height and width of the model's input. It says how much of what a convolution reads is border.
+    """
+    size_of_input = replace(UNKNOWN, size=size)
+    evaluation = _Walk(traced, training=False)
+    evaluation.enter("", (size_of_input,))
+    now = other = evaluation
+    if any(map(is_untrained, traced.model.modules())):
+        training = _Walk(traced, training=True)
+        training.enter("", (size_of_input,))
+        now, other = (training, evaluation) if traced.model.training else (evaluation, training)
+    return {
+        name: Signal(
+            mixture(reads), mixture(evaluation.writes[name]), mixture([mixture(now.reads[name]), mixture(other.reads[name])], (7, 1))
+        )
+        for name, reads in evaluation.reads.items()
+    }
+
+
+class _Walk:
+    """One walk over the model, in the order of its data."""
+
+    def __init__(self, traced: Traced, training: bool) -> None:
+        self.graphs = traced.graphs
+        self.training = training
+        self.modules = dict(traced.model.named_modules(remove_duplicate=False))
+        self.site_names = {alias: site.name for site in traced.sites for alias in site.names}
+        self.reads: dict[str, list[Distribution]] = {}
+        self.writes: dict[str, list[Distribution]] = {}
+
+    def enter(self, name: str, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        """Return what the module of that name makes of the inputs."""
+        module = self.modules[name]
+        kind = _torch_class(module)
+        if name in self.graphs and not isinstance(module, nn.Conv3d):
+            return self._interpret(name, inputs)
+        if kind is not None:
+            output = transfer(Operation(_plain(kind.__name__), module.forward, inputs, kwargs, module, self.training))
+            if isinstance(module, nn.Conv3d):
+                self.reads.setdefault(self.site_names[name], []).append(_first(inputs))
+                self.writes.setdefault(self.site_names[name], []).append(output)
+            return output
+        value = _first(inputs)
+        for child, _ in module.named_children():
+            # nothing says that this child reads what that one returned
+            value = replace(value, known=False, nonnegative=False)
+            value = _first(self.enter(_joined(name, child), (value,)))
+        return value
+
+    def _interpret(self, region: str, inputs: tuple[Any, ...]) -> Any:
+        values: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        result: Any = UNKNOWN
+        for node in self.graphs[region].nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            match node.op:
+                case "placeholder":
+                    values[node] = next(given, UNKNOWN)
+                case "get_attr":
+                    values[node] = _constant(self.modules[region], str(node.target))
+                case "call_module":
+                    values[node] = self.enter(_joined(region, str(node.target)), args, kwargs)
+                case "output":
+                    result = args[0]
+                case _:
+                    values[node] = self._call(node.op, node.target, args, kwargs)
+        return result
+
+    def _call(self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        name, run = (target, _method(target)) if op == "call_method" else (getattr(target, "__name__", ""), target)
+        operands = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(operand, Distribution) for operand in operands):
+            return transfer(Operation(_plain(name), run, args, kwargs, None, self.training))
+        return _folded(run, args, kwargs, operands)
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+
+
+def _folded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], operands: list[Any]) -> Any:
+    """Compute what depends on no input: sizes and small buffers, as in a BatchNorm that is written out."""
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    if any(tensor.numel() > _LARGEST_CONSTANT or tensor.is_meta for tensor in tensors):
+        return UNKNOWN
+    try:
+        return run(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return UNKNOWN  # an operand of it was not known
+
+
+def _constant(root: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    value = getattr(root.get_submodule(owner), name)
+    if isinstance(value, Tensor) and value.numel() <= _LARGEST_CONSTANT:
+        return value.detach().clone()  # an operation in place must not reach the model's own
+    return value
+
+
+def _torch_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of torch's that the module is; None for a container or a class of the user's own."""
+    if isinstance(module, nn.Conv3d):
+        return nn.Conv3d
+    own = type(module).__module__.startswith("torch.nn.modules")
+    return type(module) if own and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else None
+
+
+def _first(values: Any) -> Distribution:
+    return next((leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Distribution)), UNKNOWN)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,109 @@
+"""What a new layer's threshold, spread, scale and offset start from, given what is known about the convolution's data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .distribution import Distribution
+from .geometry import window
+from .layers import QConv3d
+from .propagation import Signal
+from .quantizations import Quantization
+from .rules import Plan
+from .transfer import bordered, convolved
+
+
+_MOST_CHANNELS = 0.5
+"""A layer is reported as constant where more than this share of its channels is."""
+
+
+@dataclass(frozen=True)
+class InputStart:
+    """The start of a layer's threshold and spread, shape (C,) or one number for all channels; None is none."""
+
+    threshold: Tensor | float | None
+    spread: Tensor | float | None
+
+
+@dataclass(frozen=True)
+class OutputStart:
+    """The start of a layer's scale and offset, shape (O,) or one number; scale "channel" is the fit to the weight alone."""
+
+    scale: Tensor | str | None
+    offset: Tensor | float | None
+
+
+def input_start(setting: str | float | None, inputs: Quantization, signal: Signal | None) -> InputStart:
+    """Return threshold and spread for a rule's setting.
+
+    "channel": the value that splits the channel's values evenly, and their standard deviation; 0 and 1 where nothing is known.
+    "auto": for a quantizer of 1 bit the same, but without a threshold where the input is known to be symmetric about 0; for
+    one of more bits neither. A number or None is the threshold as it stands.
+    """
+    if not isinstance(setting, str) or (setting == "auto" and inputs.bit_width > 1):
+        return InputStart(None if isinstance(setting, str) else setting, None)
+    if signal is None:
+        return InputStart(0.0, 1.0)
+    symmetric = setting == "auto" and signal.anytime.is_symmetric
+    return InputStart(None if symmetric else signal.anytime.split, signal.anytime.spread)
+
+
+@torch.no_grad()
+def output_start(
+    conv: nn.Conv3d,
+    inputs: Quantization,
+    weights: Quantization,
+    pad_value: float,
+    start: InputStart,
+    signal: Signal | None,
+) -> OutputStart:
+    """Return the scale and offset that give the quantized layer's output the float layer's mean and spread per channel.
+
+    ``scale = s / s_q`` and ``offset = m - bias - scale m_q``: m and s are the float output's mean and standard deviation, m_q and
+    s_q those of ``conv3d(pad(Q_in(u)), Q_w(weight))`` for independent inputs. A channel of which that says nothing keeps the fit
+    to its weights.
+    """
+    if signal is None or conv.weight.is_meta:
+        return OutputStart("channel", 0.0)
+    read = _quantized(signal.input.wide(conv.in_channels), inputs, start)
+    moments = bordered(read.mean(1), read.var(1, correction=0), _inside(conv, signal), pad_value)
+    mean, variance = convolved(weights(conv.weight), conv.groups, *moments)
+    scale = signal.output.std / variance.sqrt()
+    usable = scale.isfinite() & (scale > 0)
+    if not usable.all():
+        scale = torch.where(usable, scale, weights.fitted_scale(conv.weight).float().cpu())
+    bias = 0.0 if conv.bias is None else conv.bias.float().cpu()
+    return OutputStart(scale, torch.where(usable, signal.output.mean - bias - scale * mean, 0.0))
+
+
+def _inside(conv: nn.Conv3d, signal: Signal) -> float:
+    """Return the share of what the convolution reads that is not its border."""
+    moved = window(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    known = moved is not None and signal.input.size is not None and conv.padding_mode == "zeros"
+    return moved.inside(signal.input.size) if known else 1.0
+
+
+def _quantized(read: Distribution, inputs: Quantization, start: InputStart) -> Tensor:
+    """Return what the points of each channel become, shape (C, points)."""
+    points = read.points
+    if start.threshold is not None:
+        points = points - torch.as_tensor(start.threshold, device="cpu").reshape(-1, 1)
+    if start.spread is not None:
+        points = points / torch.as_tensor(start.spread, device="cpu").reshape(-1, 1)
+    return inputs(points.T[:, :, None, None, None]).flatten(1).T
+
+
+@torch.no_grad()
+def constant_layers(model: nn.Module, plan: Plan, inputs: Mapping[str, Distribution]) -> list[str]:
+    """Return the converted layers that see one value, as far as is known, in more than half of their channels."""
+    dead = []
+    for name in (decision.site.name for decision in plan.converted):
+        layer = model.get_submodule(name)
+        if name in inputs and isinstance(layer, QConv3d) and not layer.weight.is_meta:
+            points = inputs[name].wide(layer.in_channels).points.to(layer.weight.device, layer.weight.dtype)
+            codes = layer.activation(points.T[:, :, None, None, None]).flatten(1)
+            if (codes == codes[0]).all(0).float().mean() > _MOST_CHANNELS:
+                dead.append(name)
+    return dead
