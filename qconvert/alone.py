@@ -154,7 +154,7 @@ def _types_not_asked() -> Iterator[None]:
             raise TraceError("it asks for the type of a value")
         return real(value, kinds)
 
-    builtins.isinstance = asked  # type: ignore[assignment]
+    builtins.isinstance = asked
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .distribution import POINTS, Distribution, mixture
 from .errors import InputError, QConvertError
 from .example import arguments
-from .layers import QConv3d
+from .layers import QActivation, QConv3d
 from .observer import _copied_batch as copied_batch
 from .observer import _failure as does_not_run
 from .observer import _make_float as make_float
@@ -84,7 +84,7 @@ class _Layer:
         layer.offset.copy_(self.float_output.mean - constant - layer.scale * self.raw_output.mean)
         return output * layer.scale.view(-1, 1, 1, 1) + (layer.offset + constant).view(-1, 1, 1, 1)
 
-    def _read(self, activation: nn.Module, values: Tensor) -> None:
+    def _read(self, activation: QActivation, values: Tensor) -> None:
         new = _measured(values)
         self.reads = new if self.reads is None else mixture([self.reads, new], [self.batches, 1])
         self.batches += 1
@@ -140,11 +140,13 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
     Raises:
         InputError: if there is no batch, or the model does not run on one.
     """
-    live = [norm for norm in converted.modules() if _collects(norm) and norm.training == converted.training]
+    norms = [module for module in converted.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+    live = [norm for norm in norms if norm.training == converted.training]
     original = copied(converted.eval())
     layers = {decision.site.name: _Layer(decision.site.name) for decision in plan.converted}
     for name, layer in layers.items():
-        counterpart, quantized = original.get_submodule(name), converted.get_submodule(name)
+        counterpart: QConv3d = original.get_submodule(name)  # type: ignore[assignment]  # what was converted is one
+        quantized: QConv3d = converted.get_submodule(name)  # type: ignore[assignment]
         make_float(counterpart)
         # under the forward of a subclass, and under the hooks of the user
         vars(counterpart)["_conv_forward"] = partial(layer.watch_float, counterpart)
@@ -163,11 +165,6 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
     return Calibration(_state(converted, layers, live), inputs)
 
 
-def _collects(module: nn.Module) -> bool:
-    """Whether it is a BatchNorm with running statistics."""
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
-
-
 def _run(model: nn.Module, batch: Any, number: int) -> None:
     args, kwargs = arguments(copied_batch(batch))
     try:
@@ -176,12 +173,12 @@ def _run(model: nn.Module, batch: Any, number: int) -> None:
         raise
     except Exception as error:
         raise InputError(
-            f"calibration batch {number}: {does_not_run(model, batch, error)}. Of a loader that yields (inputs, labels), pass "
-            "the inputs alone: (inputs for inputs, _ in loader)"
+            f"calibration batch {number}: {does_not_run(model, batch, error)}. Of a loader that yields (inputs, labels), "
+            "pass the inputs alone: (inputs for inputs, _ in loader)"
         ) from error
 
 
-def _state(model: nn.Module, layers: Iterable[str], norms: list[nn.Module]) -> dict[str, Tensor]:
+def _state(model: nn.Module, layers: Iterable[str], norms: list[_BatchNorm]) -> dict[str, Tensor]:
     """Return what the calibration has set."""
     changed: dict[str, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -15,7 +15,7 @@ POINTS = 32
 
 def _standard_normal() -> Tensor:
     quantiles = (torch.arange(POINTS, dtype=torch.float64, device="cpu") + 0.5) / POINTS
-    points = torch.special.ndtri(quantiles)
+    points: Tensor = torch.special.ndtri(quantiles)
     return (points / points.std(correction=0)).float()[None]  # variance 1 although the tails are cut
 
 
@@ -169,8 +169,5 @@ def mixture(parts: Sequence[Distribution], weights: Sequence[float] | None = Non
     quantiles = ((torch.arange(POINTS, dtype=torch.float64, device="cpu") + 0.5) / POINTS).expand(len(points), POINTS)
     # the point at which the mass reaches the quantile
     place = torch.searchsorted(mass.cumsum(1), quantiles.contiguous()).clamp(max=points.shape[1] - 1)
-    flags = {
-        "nonnegative": all(part.nonnegative for part in parts),
-        "known": all(part.known for part in parts),
-    }
-    return replace(parts[0], points=points.gather(1, place), **flags)
+    nonnegative, known = (all(getattr(part, flag) for part in parts) for flag in ("nonnegative", "known"))
+    return replace(parts[0], points=points.gather(1, place), nonnegative=nonnegative, known=known)

@@ -25,7 +25,8 @@ class Window:
 
     def output(self, size: Size) -> Size:
         """Return the size of the output for an input of that size (at least 1: smaller volumes do not occur)."""
-        return _triple(tuple(max(1, self._positions(dim, n)) for dim, n in enumerate(size)))
+        depth, height, width = (max(1, self._positions(dim, n)) for dim, n in enumerate(size))
+        return depth, height, width
 
     def inside(self, size: Size) -> float:
         """Return the share of what the window reads, over all its positions, that is no padding."""

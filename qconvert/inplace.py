@@ -52,6 +52,9 @@ _NO_VALUES = _words("squeeze_ unsqueeze_ t_ transpose_ swapaxes_ detach_ require
 """Methods with an underscore that write no values."""
 
 
+_SWITCH = "set its inplace to False"
+
+
 def overwrites(model: nn.Module, graphs: Mapping[str, fx.Graph]) -> tuple[Overwrite, ...]:
     """Return the in-place operations in the graphs that break autograd, and whether each can be rewritten."""
     return tuple(found for region, graph in graphs.items() for found in _in_region(model, region, graph))
@@ -70,18 +73,20 @@ def _in_module(name: str, owner: nn.Module, writes: list["_Write"]) -> Iterator[
     """Yield what breaks autograd in one module's code, all its calls in a region taken together."""
     own = own_forward(owner)
     graph = None if own.obstacle else own.graph
+    # a module that works in place is the owner of its own node in the region, and a child's in the graph of its caller
     own_writes = [write for write in _Flow(graph, owner).writes if write.node.op != "call_module"] if graph else []
     if not own_writes or len(writes) % len(own_writes):
-        for reason in [write.reason for write in writes if write.reason]:
-            obstacle = next((write.obstacle for write in writes if write.node.op == "call_module"), own.obstacle)
-            yield Overwrite(name, type(owner).__name__, "", reason, obstacle or "it is called in several ways")
+        for write in writes:
+            if write.reason is not None:
+                obstacle = _SWITCH if write.node.op == "call_module" else own.obstacle or "its calls differ"
+                yield Overwrite(name, type(owner).__name__, "", write.reason, obstacle)
         return
     for index, own_write in enumerate(own_writes):
         calls = writes[index :: len(own_writes)]
-        reason = next((write.reason for write in calls if write.reason), None)
-        if reason:
-            obstacle = next((write.obstacle for write in (own_write, *calls) if write.obstacle), None)
-            yield Overwrite(name, type(owner).__name__, own_write.node.name, reason, obstacle)
+        reasons = [write.reason for write in calls if write.reason is not None]
+        if reasons:
+            refusal = next((write.obstacle for write in (own_write, *calls) if write.obstacle is not None), None)
+            yield Overwrite(name, type(owner).__name__, own_write.node.name, reasons[0], refusal)
 
 
 def in_place(operator_name: str, value: Any, other: Any) -> Any:
@@ -172,7 +177,7 @@ class _Flow:
 
     def _obstacle(self, node: fx.Node, value: fx.Node) -> str | None:
         if twin(node) is None:
-            return "set its inplace to False" if node.op == "call_module" else "it has no twin out of place"
+            return _SWITCH if node.op == "call_module" else "it has no twin out of place"
         for made in self._may_be[value]:
             if made.op == "placeholder":
                 return "what it overwrites may be an argument, which the caller sees"

@@ -41,8 +41,8 @@ def binarize(
             of arguments, or a dict of keyword arguments. Default: the rules' ``[model] input_shape``; without one the
             report has no operations.
         calibration_data: batches of the form of ``example_inputs``, for instance a DataLoader of clips. One pass over them
-            measures where thresholds, scales and offsets start (without data the graph tells), and re-estimates the BatchNorm
-            statistics of the converted model.
+            measures where thresholds, scales and offsets start (without data the graph tells), and re-estimates the
+            BatchNorm statistics of the converted model.
         inplace: convert the model itself instead of a deep copy.
         report: print the before/after report.
 
@@ -136,7 +136,7 @@ def _preview(model: nn.Module, decided: Plan, known: Mapping[str, Signal], examp
 
 def _about_constants(dead: list[str], decided: Plan) -> str:
     return (
-        f"{len(dead)} of {len(decided.converted)} converted layers see a constant, so they learn nothing: {', '.join(dead)}. "
+        f"{len(dead)} of {len(decided.converted)} converted layers see a constant and learn nothing: {', '.join(dead)}. "
         "Their input is never below the quantizer's threshold (sign(x >= 0) behind a ReLU is +1 everywhere). Mend it in the "
         'rule that converts them: input = { quantizer = "...", threshold = "auto" }'
     )

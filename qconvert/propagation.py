@@ -60,7 +60,9 @@ def signals(traced: Traced, size: Size = USUAL_SIZE) -> dict[str, Signal]:
         now, other = (training, evaluation) if traced.model.training else (evaluation, training)
     return {
         name: Signal(
-            mixture(reads), mixture(evaluation.writes[name]), mixture([mixture(now.reads[name]), mixture(other.reads[name])], (7, 1))
+            mixture(reads),
+            mixture(evaluation.writes[name]),
+            mixture([mixture(now.reads[name]), mixture(other.reads[name])], (7, 1)),
         )
         for name, reads in evaluation.reads.items()
     }
@@ -140,7 +142,7 @@ def _folded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 
 def _constant(root: nn.Module, path: str) -> Any:
     owner, _, name = path.rpartition(".")
-    value = getattr(root.get_submodule(owner), name)
+    value = getattr(root.get_submodule(owner), name, UNKNOWN)  # a tensor made while tracing is on the traced copy only
     if isinstance(value, Tensor) and value.numel() <= _LARGEST_CONSTANT:
         return value.detach().clone()  # an operation in place must not reach the model's own
     return value

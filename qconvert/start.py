@@ -14,7 +14,6 @@ from .quantizations import Quantization
 from .rules import Plan
 from .transfer import bordered, convolved
 
-
 _MOST_CHANNELS = 0.5
 """A layer is reported as constant where more than this share of its channels is."""
 
@@ -38,9 +37,9 @@ class OutputStart:
 def input_start(setting: str | float | None, inputs: Quantization, signal: Signal | None) -> InputStart:
     """Return threshold and spread for a rule's setting.
 
-    "channel": the value that splits the channel's values evenly, and their standard deviation; 0 and 1 where nothing is known.
-    "auto": for a quantizer of 1 bit the same, but without a threshold where the input is known to be symmetric about 0; for
-    one of more bits neither. A number or None is the threshold as it stands.
+    "channel": the value that splits the channel's values evenly, and their standard deviation; 0 and 1 where nothing is
+    known. "auto": for a quantizer of 1 bit the same, but without a threshold where the input is known to be symmetric about
+    0; for one of more bits neither. A number or None is the threshold as it stands.
     """
     if not isinstance(setting, str) or (setting == "auto" and inputs.bit_width > 1):
         return InputStart(None if isinstance(setting, str) else setting, None)
@@ -61,9 +60,9 @@ def output_start(
 ) -> OutputStart:
     """Return the scale and offset that give the quantized layer's output the float layer's mean and spread per channel.
 
-    ``scale = s / s_q`` and ``offset = m - bias - scale m_q``: m and s are the float output's mean and standard deviation, m_q and
-    s_q those of ``conv3d(pad(Q_in(u)), Q_w(weight))`` for independent inputs. A channel of which that says nothing keeps the fit
-    to its weights.
+    ``scale = s / s_q`` and ``offset = m - bias - scale m_q``: m and s are the float output's mean and standard deviation,
+    m_q and s_q those of ``conv3d(pad(Q_in(u)), Q_w(weight))`` for independent inputs. A channel of which that says nothing
+    keeps the fit to its weights.
     """
     if signal is None or conv.weight.is_meta:
         return OutputStart("channel", 0.0)
@@ -81,8 +80,10 @@ def output_start(
 def _inside(conv: nn.Conv3d, signal: Signal) -> float:
     """Return the share of what the convolution reads that is not its border."""
     moved = window(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    known = moved is not None and signal.input.size is not None and conv.padding_mode == "zeros"
-    return moved.inside(signal.input.size) if known else 1.0
+    size = signal.input.size
+    if moved is None or size is None or conv.padding_mode != "zeros":
+        return 1.0
+    return moved.inside(size)
 
 
 def _quantized(read: Distribution, inputs: Quantization, start: InputStart) -> Tensor:
@@ -92,7 +93,8 @@ def _quantized(read: Distribution, inputs: Quantization, start: InputStart) -> T
         points = points - torch.as_tensor(start.threshold, device="cpu").reshape(-1, 1)
     if start.spread is not None:
         points = points / torch.as_tensor(start.spread, device="cpu").reshape(-1, 1)
-    return inputs(points.T[:, :, None, None, None]).flatten(1).T
+    codes: Tensor = inputs(points.T[:, :, None, None, None])
+    return codes.flatten(1).T
 
 
 @torch.no_grad()

@@ -68,10 +68,12 @@ class Quantizer(_Table):
     scale: Literal["channel"] | None = Field(
         None, description='weight only: "channel" is a learned factor and offset per output channel.'
     )
-    threshold: Annotated[Literal["channel", "auto"] | Finite | None, _in_one_message('"channel", "auto" or a number')] = Field(
-        None,
-        description="input only: a learned threshold per input channel, starting at this number. "
-        '"channel" starts it where it splits the values evenly; "auto" is the same, but none for inputs symmetric about 0.',
+    threshold: Annotated[Literal["channel", "auto"] | Finite | None, _in_one_message('"channel", "auto" or a number')] = (
+        Field(
+            None,
+            description="input only: a learned threshold per input channel, starting at this number. "
+            '"channel" starts it where it splits the values evenly; "auto": so too, but none if they are symmetric about 0.',
+        )
     )
 
     @property

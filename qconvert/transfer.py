@@ -4,10 +4,10 @@ x has mean m and variance v per channel; operands are taken to be independent of
 
 | operation | what comes out |
 |---|---|
-| elementwise f | f of each point of the distribution; for a ReLU, the rectified normal distribution: with z = m / s, mean m Phi(z) + s phi(z) |
+| elementwise f | f of each point; for a ReLU of a normal value, with z = m / s, the mean is m Phi(z) + s phi(z) |
 | x + y, x - y | m_x ± m_y, v_x + v_y |
 | x y | m_x m_y, v_x v_y + v_x m_y^2 + v_y m_x^2; for a number a or a value per channel: a m, a^2 v |
-| convolution, linear | normal: mean sum w m + b, variance sum w^2 v; where it pads, m and v are those of the values and the border, in the shares in which the window meets them |
+| convolution, linear | normal: mean sum w m + b, variance sum w^2 v, over values and border as the window meets them |
 | transposed convolution | the same over the 1 / stride of the kernel that meets one output |
 | batch, instance, group, layer norm | mean 0 and variance 1 over a channel, group or all channels, times weight, plus bias |
 | average pooling over n values | m, v / sqrt(n): neighbours are neither equal (v) nor independent (v / n) |
@@ -19,14 +19,13 @@ x has mean m and variance v per channel; operands are taken to be independent of
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -78,7 +77,8 @@ def convolved(weight: Tensor, groups: int, mean: Tensor, variance: Tensor) -> tu
     Args:
         weight: shape (O, C / groups, ...).
         groups: number of groups.
-        mean, variance: of the values, shape (C,).
+        mean: of the values, shape (C,).
+        variance: of the values, shape (C,).
     """
     rows = weight.detach().flatten(1)
     taps = rows.shape[1] * groups // len(mean)
@@ -96,7 +96,7 @@ def convolved(weight: Tensor, groups: int, mean: Tensor, variance: Tensor) -> tu
 
 
 def bordered(mean: Tensor, variance: Tensor, inside: float, border: float) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of what a window reads: the values in the share ``inside``, the border's value in the rest."""
+    """Return mean and variance of what a window reads: values in the share ``inside``, the border's value in the rest."""
     padded = inside * mean + (1 - inside) * border
     return padded, inside * (variance + mean**2) + (1 - inside) * border**2 - padded**2
 
@@ -123,7 +123,8 @@ def _transposed_convolution(operation: Operation) -> Distribution:
         return UNKNOWN
     x = operation.x.wide(conv.in_channels)
     if x.size is not None and len(conv.stride) == len(x.size):
-        x = replace(x, size=tuple(n * step for n, step in zip(x.size, conv.stride, strict=True)))
+        depth, height, width = (n * step for n, step in zip(x.size, conv.stride, strict=True))
+        x = replace(x, size=(depth, height, width))
     share = 1 / math.prod(conv.stride)
     mean, variance = convolved(conv.weight.transpose(0, 1), 1, x.mean, x.std**2)
     return _normal(mean * share, variance * share, conv.bias, x)
@@ -256,8 +257,9 @@ def _window(operation: Operation) -> int:
     size = operation.setting("kernel_size", 1)
     if isinstance(size, int):
         rank = next((n for n in (1, 2, 3) if operation.name.endswith(f"{n}d")), 1)
-        return size**rank
-    return math.prod(size) if isinstance(size, (tuple, list)) and all(isinstance(n, int) for n in size) else 1
+        return math.prod([size] * rank)
+    sizes = size if isinstance(size, (tuple, list)) and all(isinstance(n, int) for n in size) else ()
+    return math.prod(sizes)
 
 
 def _average_pooling(operation: Operation) -> Distribution:
@@ -283,7 +285,8 @@ def _strided(operation: Operation) -> Distribution:
 def _interpolate(operation: Operation) -> Distribution:
     x, factor, size = operation.x, operation.setting("scale_factor", 2), operation.setting("size", 1)
     if isinstance(factor, (int, float)) and x.size is not None:
-        return replace(x, size=tuple(max(1, int(n * factor)) for n in x.size))
+        depth, height, width = (max(1, int(n * factor)) for n in x.size)
+        return replace(x, size=(depth, height, width))
     return x if factor is None and size is None else replace(x, size=None)
 
 
@@ -313,7 +316,7 @@ def _split(operation: Operation, *, by_size: bool) -> Any:
     if not isinstance(amount, (int, list, tuple)) or x.channels == 1 or not _is_channel(dim, x):
         return x
     try:
-        parts = x.points.split(amount) if by_size else x.points.chunk(amount)
+        parts: Sequence[Tensor] = (torch.split if by_size else torch.chunk)(x.points, amount)  # type: ignore[arg-type]
     except (RuntimeError, TypeError):  # sizes that are not of this many channels
         return x.pooled()
     return tuple(replace(x, points=part) for part in parts)
@@ -379,7 +382,9 @@ def _table() -> dict[str, Rule]:
         rules.update(dict.fromkeys(names.split(), rule))
 
     add("relu relu6 sigmoid hardsigmoid softplus exp abs square sqrt rsqrt", partial(_elementwise, nonnegative=True))
-    keeping = "leakyrelu elu selu celu gelu silu mish hardswish tanh softsign hardshrink softshrink expm1 log1p erf reciprocal"
+    keeping = (
+        "leakyrelu elu selu celu gelu silu mish hardswish tanh softsign hardshrink softshrink expm1 log1p erf reciprocal"
+    )
     add(keeping, partial(_elementwise, nonnegative=None))
     add("logsigmoid log neg tanhshrink sin cos", partial(_elementwise, nonnegative=False))
     add("hardtanh clamp clip clampmin", _clamp)

@@ -57,7 +57,7 @@ def test_a_rectified_normal_value_has_the_moments_of_the_closed_formula(z: float
     mean, spread = rectified(z * std, std)
     x = relu(Distribution.normal(z * std, std))
     assert x.mean.item() == pytest.approx(mean, abs=0.01 * std)
-    assert x.std.item() == pytest.approx(spread, abs=0.04 * std)
+    assert x.std.item() == pytest.approx(spread, abs=0.05 * std)
 
 
 def test_the_closed_formula_is_that_of_samples():
@@ -202,7 +202,7 @@ class TestMixture:
         of_first = torch.rand(SAMPLES) < first / (first + second)
         values = torch.where(of_first, torch.randn(SAMPLES), 3 + 0.5 * torch.randn(SAMPLES))
         mixed = mixture([Distribution.normal(), Distribution.normal(3.0, 0.5)], weights)
-        assert mixed.mean.item() == pytest.approx(values.mean().item(), abs=0.05)
+        assert mixed.mean.item() == pytest.approx(values.mean().item(), abs=0.06)
         assert mixed.std.item() == pytest.approx(values.std().item(), rel=0.05)
 
     def test_is_known_and_not_negative_if_all_parts_are(self):

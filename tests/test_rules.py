@@ -167,7 +167,7 @@ def test_blocked_and_converted_sites_are_left_alone():
         ({"rule": [{"input": {"quantizer": "sign", "scale": "channel"}}]}, "input takes no 'scale'"),
         (
             {"rule": [{"input": {"quantizer": "sign", "threshold": "x"}}]},
-            r'input\.threshold: .*"channel" or a number, got \'x\'',
+            r'input\.threshold: .*"channel", "auto" or a number, got \'x\'',
         ),
         ({"rule": [{"gradient_cancellation_threshold": -1}]}, "greater than or equal to 0, got -1"),
         ({"rule": [{"pad_value": float("inf")}]}, "finite number, got inf"),

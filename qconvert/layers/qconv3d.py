@@ -67,7 +67,7 @@ def default_pad_value(inputs: Quantization) -> float:
 class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
     """3D convolution with quantized weights; its input is taken as it comes.
 
-    Forward: ``y = scale * conv3d(pad(x), Q_w(weight)) + offset + bias``, all three per output channel, in float and after the
+    Forward: ``y = scale * conv3d(pad(x), Q_w(weight)) + offset + bias``, all three per output channel, in float, after the
     convolution. Gradient: that of the convolution, times that of Q_w for the latent weight.
 
     Shapes: as `torch.nn.Conv3d`: (N, C, D, H, W) or (C, D, H, W) in, (N, O, D', H', W') or (O, D', H', W') out.
@@ -77,8 +77,8 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
 
     Semantics of bitorch's layer of that name (https://github.com/hpi-xnor/bitorch); docs/semantics.md lists the
     differences. The scale is XNOR-Net's (Rastegari et al. 2016, https://arxiv.org/abs/1603.05279): without a start given it
-    is the least-squares fit of ``scale * Q_w(weight)`` to the weight, which for the sign is mean |weight|. It is learned, and
-    so is the offset.
+    is the least-squares fit of ``scale * Q_w(weight)`` to the weight, which for the sign is mean |weight|. It is learned,
+    and so is the offset.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as Conv3d.
@@ -243,8 +243,8 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
 class QConv3d(QConv3d_NoAct):
     """3D convolution with quantized weights and inputs.
 
-    Forward: ``y = scale * conv3d(pad(Q_in(u)), Q_w(weight)) + offset + bias``, ``u = (x - threshold) / spread``. The border is
-    added after the input quantizer: -1 where that has 1 bit, 0 where it has more.
+    Forward: ``y = scale * conv3d(pad(Q_in(u)), Q_w(weight)) + offset + bias``, ``u = (x - threshold) / spread``. The border
+    is added after the input quantizer: -1 where that has 1 bit, 0 where it has more.
     Gradient: to u that of Q_in where ``|u| <= gradient_cancellation_threshold``, else 0; to the latent weight that of Q_w.
 
     Shapes: as `torch.nn.Conv3d`: (N, C, D, H, W) or (C, D, H, W) in, (N, O, D', H', W') or (O, D', H', W') out.
@@ -338,7 +338,8 @@ class QConv3d(QConv3d_NoAct):
         pad_value: float | None,
     ) -> None:
         starts = {
-            name: self._start(name, start, self.in_channels) for name, start in (("threshold", threshold), ("spread", spread))
+            name: self._start(name, start, self.in_channels)
+            for name, start in (("threshold", threshold), ("spread", spread))
         }
         self.activation = self._placed(QActivation(quantization, window, **starts))
         if pad_value is None:

@@ -307,7 +307,7 @@ def test_reset_keeps_the_parameters_that_an_optimizer_holds(name):
 
 @BOTH
 def test_unknown_scale(cls):
-    with pytest.raises(QuantizerError, match=r"^scale must be .channel. or None, got 'tensor'$"):
+    with pytest.raises(QuantizerError, match=r"^scale must be .channel., a number, a tensor or None, got 'tensor'$"):
         cls(1, 1, 1, scale="tensor")
 
 

@@ -180,9 +180,10 @@ class TestPrecisions:
     def test_learned_scale_and_threshold_are_counted_as_floats(self):
         weight, inputs = {"quantizer": "sign", "scale": "channel"}, {"quantizer": "sign", "threshold": "channel"}
         layer = _profiled(_converted(weight, inputs), torch.zeros(CLIP))["second"]
-        scales, thresholds = 4, 8  # one for each output channel, one for each input channel
-        assert layer["parameters"] == SECOND_WEIGHTS + scales + thresholds
-        assert layer["parameter_bits"] == SECOND_WEIGHTS + 32 * (scales + thresholds)
+        scales, offsets, thresholds, spreads = 4, 4, 8, 8  # one for each output channel, one for each input channel
+        assert layer["parameters"] == SECOND_WEIGHTS + scales + offsets + thresholds
+        assert layer["parameter_bits"] == SECOND_WEIGHTS + 32 * (scales + offsets + thresholds)
+        assert layer["buffer_bits"] == 32 * spreads
 
     def test_learned_steps_are_counted_as_floats(self):
         lsq = {"quantizer": "lsq", "bits": 3}

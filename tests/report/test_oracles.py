@@ -104,8 +104,8 @@ _FVCORE_MISSES = {
     "diffusers AutoencoderKLWan": 6 * 64**2 * 16 * 2,
     # it reads torch.jit.trace, which drops what no output depends on: here a head of 8 -> 2 channels for 8^3 voxels
     "monai DynUNet": 8 * 2 * 8**3,
-    # numpy's estimate of an einsum is not always the matrix product that torch makes of it (1,155,030 for 1,155,072)
-    "torchvision mvit_v2_s": 42,
+    # numpy's estimate of an einsum is not always the matrix product that torch makes of it: a few MACs less in each block
+    "torchvision mvit_v2_s": 24,
 }
 
 

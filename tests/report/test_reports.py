@@ -34,7 +34,7 @@ class TestKeys:
     @pytest.mark.parametrize("inputs", [None, CLIP], ids=["not run", "run"])
     def test_report(self, inputs):
         data = _compared(TwoConvs(), inputs=inputs).to_dict()
-        assert data.keys() == {"model", "totals", "layers", "uncounted", "opaque"}
+        assert data.keys() == {"model", "totals", "layers", "uncounted", "opaque", "overwrites"}
         assert data["totals"].keys() == {"before", "after"}
         assert data["totals"]["before"].keys() == data["totals"]["after"].keys() == TOTAL_KEYS
         for layer in data["layers"]:
@@ -97,7 +97,7 @@ class TestCompare:
         names = [name for name, _ in TwoConvs().named_children()]
         assert list(_layers(_compared(TwoConvs()))) == names
         # a module's own computation stands where the module does, before its children
-        assert list(_layers(_compared(FunctionalConv()))) == ["", "conv"]
+        assert list(_layers(_compared(FunctionalConv()))) == ["", "conv", "conv3d"]
 
     def test_opaque_modules_are_named_with_the_reason(self):
         report = _compared(ValueControlFlow())

@@ -170,10 +170,11 @@ def test_binary_model_runs_forward(case: Case):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_binary_model_runs_backward(case: Case, mode: str):
     expected = case.fresh().train(mode == "train")
-    try:
+    if qconvert.plan(expected, "bitorch").overwrites:  # what these say is true, and the conversion mends it
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            _backward(_once(expected, case.entry))
+    else:
         _backward(_once(expected, case.entry))
-    except RuntimeError as error:
-        pytest.skip(f"the float model has no backward pass either: {str(error).splitlines()[0][:120]}")
     converted = case.converted("bitorch").train(mode == "train")
 
     _backward(_once(converted, case.entry))
