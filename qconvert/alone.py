@@ -69,13 +69,6 @@ class _Condition:
     given: Mapping[str, Any] = field(default_factory=dict)  # arguments that have a value of their own
 
 
-_DIFFERS = {
-    "it runs other code in train() than in eval()": _Condition(training=True),
-    "it draws random numbers in Python": _Condition(seed=1),
-    "it asks whether gradients are on": _Condition(gradients=False),
-}
-
-
 def own_forward(module: nn.Module) -> OwnForward:
     """Trace the module's forward without its children's. The module is not changed and not run."""
     if "forward" in vars(module):
@@ -84,31 +77,43 @@ def own_forward(module: nn.Module) -> OwnForward:
         return OwnForward((), "it is a GraphModule")
     graphs: list[fx.Graph] = []
     try:
-        graphs.append(_traced(module, _Condition()))
+        graphs.append(own_graph(module))
         graphs.append(_traced(module, _Condition(training=True)))
         source_of(graphs[0])
-        return OwnForward(tuple(graphs), next(_differences(module, graphs[0]), None))
+        return OwnForward(tuple(graphs), next(_differences(module, *graphs), None))
     except Exception as error:  # noqa: BLE001 (a user's forward may raise anything; the reason is reported)
         first_line = next(iter(str(error).strip().splitlines()), "")
         return OwnForward(tuple(graphs), f"its forward cannot be traced on its own ({type(error).__name__}: {first_line})")
 
 
-def _differences(module: nn.Module, graph: fx.Graph) -> Iterator[str]:
+def own_graph(module: nn.Module) -> fx.Graph:
+    """Return the graph of a forward without an obstacle. It raises whatever the forward does where there is one."""
+    return _traced(module, _Condition())
+
+
+def _differences(module: nn.Module, graph: fx.Graph, in_training: fx.Graph) -> Iterator[str]:
     written = _written(graph, {})
-    for reason, condition in _DIFFERS.items():
-        if _written(_traced(module, condition), {}) != written:
-            yield reason
+    if _written(in_training, {}) != written:
+        yield "it runs other code in train() than in eval()"
+    if _written(_traced(module, _Condition(seed=1)), {}) != written:
+        yield "it draws random numbers in Python"
+    if _written(_traced(module, _Condition(gradients=False)), {}) != written:
+        yield "it asks whether gradients are on"
     for node in graph.nodes:
         if node.op == "placeholder" and not node.target.startswith("*"):
-            # None, for `if mask is None`; the default, which a caller who leaves the argument out gets
-            for value in {id(value): value for value in (None, *node.args) if _is_plain(value)}.values():
-                given = {node.target: value}
-                try:
-                    other = _traced(module, _Condition(given=given))
-                except Exception:  # noqa: BLE001, S112 (the forward does not take this value)
-                    continue
-                if _written(other, {}) != _written(graph, given):
-                    yield f"what it does depends on the argument {node.target!r}"
+            yield from _depends_on(module, graph, node)
+
+
+def _depends_on(module: nn.Module, graph: fx.Graph, argument: fx.Node) -> Iterator[str]:
+    """Try the argument as None, for `if mask is None`, and as its default, which a caller who leaves it out gets."""
+    for value in {id(value): value for value in (None, *argument.args) if _is_plain(value)}.values():
+        given = {str(argument.target): value}
+        try:
+            other = _traced(module, _Condition(given=given))
+        except Exception:  # noqa: BLE001, S112 (the forward does not take this value)
+            continue
+        if _written(other, {}) != _written(graph, given):
+            yield f"what it does depends on the argument {argument.target!r}"
 
 
 def _is_plain(value: object) -> bool:

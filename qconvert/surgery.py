@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from .alone import IN_PLACE, own_forward
+from .alone import IN_PLACE, own_graph
 from .errors import ModelError
 from .functional import arguments, is_conv3d, layer_for, layer_name
 from .generated import source_of, with_forward
@@ -47,12 +47,12 @@ def operate(module: nn.Module, surgery: Surgery) -> None:
     """Rewrite the module's forward: it gets another class, and the layers as children.
 
     Raises:
-        ModelError: if the forward is not one that can be rewritten.
+        ModelError: if the forward is not that of the plan.
     """
-    own = own_forward(module)
-    if own.obstacle is not None:
-        raise ModelError(f"the forward of {type(module).__name__} cannot be rewritten: {own.obstacle}")
-    graph = own.graph
+    try:
+        graph = own_graph(module)
+    except Exception as error:  # a user's forward may raise anything; it is named as the cause
+        raise ModelError(f"the forward of {type(module).__name__} cannot be rewritten: {error}") from error
     layers = {node: layer_name(module, node.name) for node in graph.nodes if is_conv3d(node)}
     for node in list(graph.nodes):
         if node.name in surgery.out_of_place:

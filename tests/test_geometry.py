@@ -48,6 +48,7 @@ def test_dimensions_are_independent(kernel, stride, padding, dilation, size):
     agrees(kernel, stride, padding, dilation, size)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @given(triples(1, 5), triples(1, 3), triples(1, 7))
 def test_same_padding_of_odd_and_even_kernels_is_torchs(kernel, dilation, size):
     agrees(kernel, (1, 1, 1), "same", dilation, size)

@@ -255,11 +255,11 @@ def test_a_subclass_that_never_convolves_stays_as_it_is():
 
 
 def test_a_functional_convolution_with_a_computed_weight_is_listed():
-    decisions = reasons(ComputedWeight())
-    assert decisions.pop("conv")[0]
-    ((converts, reason),) = decisions.values()
-    assert not converts
-    assert "functional conv3d" in reason
+    decisions = qconvert.plan(ComputedWeight(), "bitorch").decisions
+    (functional,) = [each for each in decisions if each.site.kind == "functional conv3d"]
+    assert not functional.convert
+    assert functional.reason
+    assert [each.site.name for each in decisions if each.convert] == ["conv"]
 
 
 def test_a_convolution_that_never_runs_is_converted_and_said_to_be_never_called():
