@@ -88,7 +88,7 @@ class _Walk:
         if kind is not None:
             output = transfer(Operation(_plain(kind.__name__), module.forward, inputs, kwargs, module, self.training))
             if isinstance(module, nn.Conv3d):
-                self.reads.setdefault(self.site_names[name], []).append(_first(inputs))
+                self.reads.setdefault(self.site_names[name], []).append(_first(inputs).wide(module.in_channels))
                 self.writes.setdefault(self.site_names[name], []).append(output)
             return output
         value = _first(inputs)

@@ -66,7 +66,7 @@ def output_start(
     """
     if signal is None or conv.weight.is_meta:
         return OutputStart("channel", 0.0)
-    read = _quantized(signal.input.wide(conv.in_channels), inputs, start)
+    read = _quantized(signal.input, inputs, start)
     moments = bordered(read.mean(1), read.var(1, correction=0), _inside(conv, signal), pad_value)
     mean, variance = convolved(weights(conv.weight), conv.groups, *moments)
     scale = signal.output.std / variance.sqrt()

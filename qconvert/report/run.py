@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -118,11 +119,12 @@ def _run_on_shapes(model: nn.Module, example_inputs: Any) -> Runs:
 
 @contextmanager
 def _decomposed_attention() -> Iterator[None]:
-    """Switch off torch's fused attention for inference, an operator that has no MAC formula."""
+    """Switch off torch's fused attentions: some of the operators, which differ from device to device, have no MAC formula."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
