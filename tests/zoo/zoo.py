@@ -4,6 +4,7 @@ A library that is not installed skips its models. Inputs are as small as the arc
 wants more than one value per channel).
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -25,7 +26,8 @@ def _clip(*shape: int) -> Callable[[], Tensor]:
 
 
 def _from(package: str, name: str, *args: Any, **settings: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(_module(package), name)(*args, **settings)
+    # a copy of the settings: some constructors (monai's SPADENet) change the lists that they are given
+    return lambda: getattr(_module(package), name)(*copy.deepcopy(args), **copy.deepcopy(settings))
 
 
 # --- torchvision. swin3d_s is a deeper swin3d_t, and what is deeper is cut here ---
