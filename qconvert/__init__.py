@@ -5,7 +5,7 @@
 """
 
 from .diagnosis import Diagnosis, diagnose
-from .errors import InputError, ModelError, QConvertError, QuantizerError, RuleError
+from .errors import ConstantInputWarning, InputError, ModelError, QConvertError, QuantizerError, RuleError
 from .layers import QActivation, QConv3d, QConv3d_NoAct
 from .pipeline import binarize, plan, preview
 from .report import Profile, Report, compare, profile
@@ -15,6 +15,7 @@ from .trace import Traced, trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConstantInputWarning",
     "Diagnosis",
     "InputError",
     "ModelError",

@@ -19,11 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distribution import POINTS, Distribution, mixture
 from .errors import InputError, QConvertError
-from .example import arguments
+from .example import arguments, copied_inputs, does_not_run
 from .layers import QActivation, QConv3d
-from .observer import _copied_batch as copied_batch
-from .observer import _failure as does_not_run
-from .observer import _make_float as make_float
+from .observer import make_float
 from .rules import Plan
 from .trace import copied
 
@@ -60,8 +58,9 @@ class _Layer:
     name: str
     float_output: Moments = field(default_factory=Moments)
     raw_output: Moments = field(default_factory=Moments)
+    parts: list[tuple[int, Distribution]] = field(default_factory=list)
+    """What it reads, with the number of values: each part of at least twice as many as the next, so there are few."""
     reads: Distribution | None = None
-    batches: int = 0
 
     def watch_float(self, conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stand in for the float layer's ``_conv_forward``."""
@@ -82,12 +81,15 @@ class _Layer:
         layer.scale.copy_(torch.where(std > 0, self.float_output.std / std, 1.0))
         constant = 0.0 if bias is None else bias
         layer.offset.copy_(self.float_output.mean - constant - layer.scale * self.raw_output.mean)
-        return output * layer.scale.view(-1, 1, 1, 1) + (layer.offset + constant).view(-1, 1, 1, 1)
+        # bit for bit what the layer will put out: the next threshold is one of these values
+        corrected = output * layer.scale.view(-1, 1, 1, 1) + layer.offset.view(-1, 1, 1, 1)
+        return corrected if bias is None else corrected + bias.view(-1, 1, 1, 1)
 
     def _read(self, activation: QActivation, values: Tensor) -> None:
-        new = _measured(values)
-        self.reads = new if self.reads is None else mixture([self.reads, new], [self.batches, 1])
-        self.batches += 1
+        self.parts.append((values.shape[1], _measured(values)))
+        while len(self.parts) > 1 and self.parts[-2][0] < 2 * self.parts[-1][0]:
+            self.parts[-2:] = [(sum(count for count, _ in self.parts[-2:]), _together(self.parts[-2:]))]
+        self.reads = _together(self.parts)
         if activation.spread is None:
             return  # no threshold, or one that the rules gave as a number
         activation.spread.copy_(self.reads.spread)
@@ -105,6 +107,11 @@ def _channels(tensor: Tensor, layer: str) -> Tensor:
     if not values.isfinite().all():
         raise InputError(f"layer {layer!r} meets values that are not finite: NaN or infinity in the calibration data?")
     return values
+
+
+def _together(parts: list[tuple[int, Distribution]]) -> Distribution:
+    counts, distributions = zip(*parts, strict=True)
+    return mixture(distributions, counts)
 
 
 def _measured(values: Tensor) -> Distribution:
@@ -166,7 +173,7 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
 
 
 def _run(model: nn.Module, batch: Any, number: int) -> None:
-    args, kwargs = arguments(copied_batch(batch))
+    args, kwargs = arguments(copied_inputs(batch))
     try:
         model(*args, **kwargs)
     except QConvertError:

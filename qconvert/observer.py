@@ -3,18 +3,15 @@
 Hooks count while the values come by: what is kept are sums, the gradients of the latent weights, and the float outputs.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .errors import InputError, QConvertError
-from .example import arguments
+from .example import arguments, copied_inputs, does_not_run, first_line, tensors_in
 from .layers import QActivation, QConv3d
 from .quantizations import Identity
 from .rng import preserved_rng
@@ -96,7 +93,7 @@ class Observer:
             self.highest = torch.maximum(self.highest, highest.cpu())
 
     def _see_output(self, _layer: nn.Module, _args: object, output: object) -> None:
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if self.expected is None:
                 self.outputs.append(tensor.detach().to("cpu", copy=True))
             else:
@@ -153,9 +150,9 @@ def observe(model: nn.Module, batch: Any, expected: Observers | None = None) -> 
         # autograd refuses some in-place operations while the forward runs
         try:
             with torch.no_grad():
-                return _run(model, batch, expected)[0], _first_line(refused)
+                return _run(model, batch, expected)[0], first_line(refused)
         except Exception as error:
-            raise InputError(_failure(model, batch, error)) from error
+            raise InputError(does_not_run(model, batch, error)) from error
 
 
 def _run(model: nn.Module, batch: Any, expected: Observers | None) -> tuple[Observers, str | None]:
@@ -168,9 +165,9 @@ def _run(model: nn.Module, batch: Any, expected: Observers | None) -> tuple[Obse
         observers = {}
         for name, layer in converted_layers(trial):
             if expected is None:
-                _make_float(layer)
+                make_float(layer)
             observers[name] = Observer(layer, None if expected is None else expected[name])
-        args, kwargs = arguments(_copied_batch(batch))
+        args, kwargs = arguments(copied_inputs(batch))
         outputs = trial(*args, **kwargs)
         for observer in observers.values():
             observer.close()
@@ -181,7 +178,7 @@ def _run(model: nn.Module, batch: Any, expected: Observers | None) -> tuple[Obse
     return observers, failure
 
 
-def _make_float(layer: QConv3d) -> None:
+def make_float(layer: QConv3d) -> None:
     """Turn a layer of a copy back into the convolution that it was made of, bit for bit."""
     layer.activation = QActivation("identity", None)
     layer._weight_quantize = Identity()
@@ -189,27 +186,10 @@ def _make_float(layer: QConv3d) -> None:
     layer.pad_value = 0.0
 
 
-def _copied_batch(batch: Any) -> Any:
-    """Return a copy that the model may write to, whose tensors have no history."""
-    fresh = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in _tensors(batch)}
-    return copy.deepcopy(batch, fresh)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors in nested containers and dataclasses, in order."""
-    found: list[Tensor] = []
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
-    return found
-
-
 def _backward(outputs: Any) -> str | None:
     """Run the backward pass of a fixed random weighting of the outputs; return why there is none, if so."""
     generator = torch.Generator().manual_seed(0)
-    floating = [y for y in _tensors(outputs) if y.is_floating_point() or y.is_complex()]
+    floating = [y for y in tensors_in(outputs) if y.is_floating_point() or y.is_complex()]
     # drawn for all of them: both models get the same, whichever outputs require a gradient
     weightings = [torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device) for y in floating]
     differentiable = [(y, weighting) for y, weighting in zip(floating, weightings, strict=True) if y.requires_grad]
@@ -218,18 +198,5 @@ def _backward(outputs: Any) -> str | None:
     try:
         torch.autograd.backward([y for y, _ in differentiable], [weighting for _, weighting in differentiable])
     except Exception as error:  # noqa: BLE001 (RuntimeError after an in-place operation, anything from a user's Function)
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line}".rstrip(".: ")
-
-
-def _failure(model: nn.Module, batch: Any, error: Exception) -> str:
-    shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in _tensors(batch))
-    return (
-        f"{type(model).__name__} does not run on the batch {shapes or repr(batch)}: {_first_line(error)}. "
-        "Pass a batch that fits: a tensor, a tuple of arguments or a dict of keyword arguments"
-    )

@@ -13,12 +13,13 @@ from torch import nn
 from .calibration import calibrate
 from .errors import ConstantInputWarning, ModelError
 from .example import example_input
+from .lazy import initialized, lazy_modules
 from .propagation import Signal, signals
 from .report import Report, compare
 from .rewrite import check_quantizers, rewrite
 from .rules import Plan, Rules, load_rules, match
 from .start import constant_layers
-from .trace import Traced, copied, structural_copy, trace
+from .trace import Traced, copied, structural_copy, trace, unwrapped
 
 RulesLike = str | Path | Mapping[str, Any] | Rules
 
@@ -39,7 +40,7 @@ def binarize(
         rules: path of a rule file, name of bundled rules, a dict of the same structure, or `Rules`.
         example_inputs: what the report counts operations with: a tensor (or a list, for a model that takes one), a tuple
             of arguments, or a dict of keyword arguments. Default: the rules' ``[model] input_shape``; without one the
-            report has no operations.
+            report has no operations. Lazy modules get their weights from it, unless in place.
         calibration_data: batches of the form of ``example_inputs``, for instance a DataLoader of clips. One pass over them
             measures where thresholds, scales and offsets start (without data the graph tells), and re-estimates the
             BatchNorm statistics of the converted model.
@@ -60,10 +61,11 @@ def binarize(
     Warns:
         ConstantInputWarning: naming the converted layers that would see a constant, and the rule key that mends them.
     """
-    decided, traced = _planned(model, rules)
-    plain, known = traced.model, _signals(traced, decided)
+    loaded, plain = check_rules(rules), unwrapped(model)
+    decided, traced = _planned(plain if inplace else _with_weights(plain, loaded, example_inputs), loaded)
     if plain is not model:
         warnings.warn(f"the {type(model).__name__} wrapper is taken off: wrap the converted model again", stacklevel=2)
+    plain, known = traced.model, _signals(traced, decided)
     if not decided.converted:
         warnings.warn("the rules convert no layer of this model; qconvert.plan() says why for each", stacklevel=2)
     if report:
@@ -89,7 +91,7 @@ def plan(model: nn.Module, rules: RulesLike = "default") -> Plan:
     Raises:
         RuleError, ModelError: as `binarize`.
     """
-    return _planned(model, rules)[0]
+    return _planned(model, check_rules(rules))[0]
 
 
 def preview(model: nn.Module, rules: RulesLike = "default", example_inputs: Any = None) -> Report:
@@ -98,7 +100,8 @@ def preview(model: nn.Module, rules: RulesLike = "default", example_inputs: Any 
     Raises:
         RuleError, ModelError, InputError: as `binarize`.
     """
-    decided, traced = _planned(model, rules)
+    loaded = check_rules(rules)
+    decided, traced = _planned(_with_weights(unwrapped(model), loaded, example_inputs), loaded)
     return _preview(traced.model, decided, _signals(traced, decided), example_inputs)
 
 
@@ -113,8 +116,15 @@ def check_rules(rules: RulesLike) -> Rules:
     return loaded
 
 
-def _planned(model: nn.Module, rules: RulesLike) -> tuple[Plan, Traced]:
-    loaded = check_rules(rules)
+def _with_weights(model: nn.Module, rules: Rules, example_inputs: Any) -> nn.Module:
+    """Return the model; where it has lazy modules and there is an example input, a copy in which they have their weights."""
+    if not lazy_modules(model):
+        return model
+    inputs = example_input(rules.model, model) if example_inputs is None else example_inputs
+    return model if inputs is None else initialized(model, inputs)
+
+
+def _planned(model: nn.Module, loaded: Rules) -> tuple[Plan, Traced]:
     traced = trace(model)
     if not any(site.is_conv3d for site in traced.sites):
         kinds = sorted({type(module).__name__ for module in traced.model.modules()} & _CONVOLUTIONS)

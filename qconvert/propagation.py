@@ -14,7 +14,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .distribution import UNKNOWN, Distribution, mixture
+from .functional import is_conv3d, owner_name
 from .geometry import Size
+from .layers.computed import weights_at_rest
+from .sites import FUNCTIONAL, Site
 from .trace import Traced
 from .transfer import Operation, is_untrained, transfer
 
@@ -44,20 +47,21 @@ class Signal:
 
 @torch.no_grad()
 def signals(traced: Traced, size: Size = USUAL_SIZE) -> dict[str, Signal]:
-    """Return the signal of each Conv3d, by the name of its site. A convolution that no graph reaches has none.
+    """Return the signal of each 3D convolution, by the name of its site. One that no graph reaches has none.
 
     Args:
         traced: the model.
         size: depth, height and width of the model's input. It says how much of what a convolution reads is border.
     """
     size_of_input = replace(UNKNOWN, size=size)
-    evaluation = _Walk(traced, training=False)
-    evaluation.enter("", (size_of_input,))
-    now = other = evaluation
-    if any(map(is_untrained, traced.model.modules())):
-        training = _Walk(traced, training=True)
-        training.enter("", (size_of_input,))
-        now, other = (training, evaluation) if traced.model.training else (evaluation, training)
+    with weights_at_rest(traced.model):
+        evaluation = _Walk(traced, training=False)
+        evaluation.enter("", (size_of_input,))
+        now = other = evaluation
+        if any(map(is_untrained, traced.model.modules())):
+            training = _Walk(traced, training=True)
+            training.enter("", (size_of_input,))
+            now, other = (training, evaluation) if traced.model.training else (evaluation, training)
     return {
         name: Signal(
             mixture(reads),
@@ -76,6 +80,10 @@ class _Walk:
         self.training = training
         self.modules = dict(traced.model.named_modules(remove_duplicate=False))
         self.site_names = {alias: site.name for site in traced.sites for alias in site.names}
+        self.functional: dict[str, list[Site]] = {}
+        for site in traced.sites:
+            if site.kind == FUNCTIONAL and site.in_channels:
+                self.functional.setdefault(site.name.rpartition(".")[0], []).append(site)
         self.reads: dict[str, list[Distribution]] = {}
         self.writes: dict[str, list[Distribution]] = {}
 
@@ -88,15 +96,26 @@ class _Walk:
         if kind is not None:
             output = transfer(Operation(_plain(kind.__name__), module.forward, inputs, kwargs, module, self.training))
             if isinstance(module, nn.Conv3d):
-                self.reads.setdefault(self.site_names[name], []).append(_first(inputs).wide(module.in_channels))
-                self.writes.setdefault(self.site_names[name], []).append(output)
+                self._note(self.site_names[name], _first(inputs).wide(module.in_channels), output)
             return output
-        value = _first(inputs)
+        # nothing says that a child reads what the one before it returned, nor what the module does beside
+        value = replace(_first(inputs), known=False, nonnegative=False)
         for child, _ in module.named_children():
-            # nothing says that this child reads what that one returned
-            value = replace(value, known=False, nonnegative=False)
-            value = _first(self.enter(_joined(name, child), (value,)))
+            output = _first(self.enter(_joined(name, child), (value,)))
+            value = replace(output, known=False, nonnegative=False)
         return value
+
+    def _note(self, site: str, read: Distribution, written: Distribution) -> None:
+        self.reads.setdefault(site, []).append(read)
+        self.writes.setdefault(site, []).append(written)
+
+    def _note_functional(self, owner: str, read: Distribution, written: Distribution) -> None:
+        """Note what a functional convolution does; those of a module run in the order of its sites."""
+        sites = self.functional.get(owner)
+        if sites:
+            site = sites.pop(0)
+            sites.append(site)  # the module may run again
+            self._note(site.name, read.wide(site.in_channels), written)
 
     def _interpret(self, region: str, inputs: tuple[Any, ...]) -> Any:
         values: dict[fx.Node, Any] = {}
@@ -106,7 +125,7 @@ class _Walk:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             match node.op:
                 case "placeholder":
-                    values[node] = next(given, UNKNOWN)
+                    values[node] = next(given, None) or replace(UNKNOWN)  # two of them are not one value twice
                 case "get_attr":
                     values[node] = _constant(self.modules[region], str(node.target))
                 case "call_module":
@@ -115,6 +134,8 @@ class _Walk:
                     result = args[0]
                 case _:
                     values[node] = self._call(node.op, node.target, args, kwargs)
+                    if is_conv3d(node):
+                        self._note_functional(owner_name(region, node), _first((args, kwargs)), values[node])
         return result
 
     def _call(self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .errors import QConvertError, QuantizerError, RuleError
 from .layers import QConv3d
+from .layers.computed import weights_at_rest
 from .layers.qconv3d import default_pad_value
 from .layers.subclass import own_state
 from .propagation import Signal
@@ -65,7 +66,7 @@ def rewrite(model: nn.Module, plan: Plan, signals: Mapping[str, Signal] = Mappin
     Raises:
         QConvertError: naming the layer that cannot be converted.
     """
-    with ExitStack() as undo:
+    with weights_at_rest(model), ExitStack() as undo:
         for name, surgery in surgeries(plan).items():
             module = model.get_submodule(name)
             undo.callback(_restore, module, type(module), own_state(module))

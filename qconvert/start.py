@@ -68,7 +68,8 @@ def output_start(
         return OutputStart("channel", 0.0)
     read = _quantized(signal.input, inputs, start)
     moments = bordered(read.mean(1), read.var(1, correction=0), _inside(conv, signal), pad_value)
-    mean, variance = convolved(weights(conv.weight), conv.groups, *moments)
+    weight, in_parts = (conv.weight, weights) if weights.elementwise else (weights(conv.weight), nn.Identity())
+    mean, variance = convolved(weight, conv.groups, *moments, in_parts)
     scale = signal.output.std / variance.sqrt()
     usable = scale.isfinite() & (scale > 0)
     if not usable.all():

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .alone import InPlaceProxy
 from .errors import ModelError
-from .functional import functional_sites
+from .functional import functional_sites, names_conv3d
 from .inplace import overwrites
 from .layers import QConv3d_NoAct, obstacle
 from .rng import preserved_rng
@@ -70,13 +70,8 @@ def trace(model: nn.Module) -> Traced:
         ModelError: if ``model`` is no module, or a ScriptModule (which has no Python forward to trace or to keep).
     """
     model = unwrapped(model)
-    # what a forward does to Python state while it is traced (caches, counters) happens to a copy; leaves do not run
-    is_leaf = _Tracer().is_leaf_module
-    leaves = {module for name, module in model.named_modules() if is_leaf(module, name)}
-    victim = structural_copy(model, leaves)
-    drop_foreign_hooks(victim, spared=leaves)
     with preserved_rng(seed=0):  # a forward that draws takes the same branch each time
-        graphs, opaque = _Regions(victim).trace()
+        graphs, opaque = _Regions(model).trace()
     return Traced(model, graphs, tuple(opaque), tuple(_sites(model, graphs)), overwrites(model, graphs))
 
 
@@ -163,6 +158,11 @@ class _Tracer(fx.Tracer):
         # subclasses too: by default fx walks into Conv3DSimple(nn.Conv3d), and the module is gone
         return isinstance(m, nn.Conv3d) or super().is_leaf_module(m, module_qualified_name)
 
+    @classmethod
+    def runs_whole(cls, module: nn.Module, name: str) -> bool:
+        """Whether no code of the user's runs in the module while it is traced: a container's contents do."""
+        return cls().is_leaf_module(module, name) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)
 
@@ -170,6 +170,8 @@ class _Tracer(fx.Tracer):
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
+        if name in self.failures:
+            return self.create_proxy("call_module", name, args, kwargs)
         nodes_before = len(self.graph.nodes)
         stack_before = self.module_stack.copy()
         # new containers: a forward may write into the list it is given before it fails
@@ -190,6 +192,7 @@ class _Regions:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
+        self.leaves = {module for name, module in root.named_modules() if _Tracer.runs_whole(module, name)}
         self.graphs: dict[str, fx.Graph] = {}
         self.opaque: list[Opaque] = []
 
@@ -206,9 +209,14 @@ class _Regions:
         if type(module).forward is nn.Module.forward or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             self._trace_children(name, module)  # a container has no forward of its own
             return
+        # what a forward does to Python state while it is traced (caches, counters) happens to a copy, of which a failed
+        # trace leaves stand-ins behind: each has its own
+        victim = structural_copy(module, self.leaves)
+        drop_foreign_hooks(victim, spared=self.leaves)
         tracer = _Tracer()
         try:
-            graph = tracer.trace(module, concrete_args=_defaults(module))
+            graph = tracer.trace(victim, concrete_args=_defaults(module))
+            graph.lint()  # no node reads what a part that failed has left behind
         except Exception as error:  # noqa: BLE001 (a user's forward may raise anything; the reason is reported)
             self.opaque.append(_opaque(name, module, error))
             self._trace_children(name, module)
@@ -233,7 +241,7 @@ def _graph_of_conv3d() -> fx.Graph:
 
 
 def _holds_conv3d(module: nn.Module) -> bool:
-    return any(isinstance(inner, nn.Conv3d) for inner in module.modules())
+    return any(isinstance(inner, nn.Conv3d) or names_conv3d(type(inner)) for inner in module.modules())
 
 
 def _defaults(module: nn.Module) -> dict[str, Any] | None:

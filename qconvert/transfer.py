@@ -7,13 +7,14 @@ x has mean m and variance v per channel; operands are taken to be independent of
 | elementwise f | f of each point; for a ReLU of a normal value, with z = m / s, the mean is m Phi(z) + s phi(z) |
 | x + y, x - y | m_x ± m_y, v_x + v_y |
 | x y | m_x m_y, v_x v_y + v_x m_y^2 + v_y m_x^2; for a number a or a value per channel: a m, a^2 v |
+| x with itself | f of each point: two parts of a value are two values |
 | convolution, linear | normal: mean sum w m + b, variance sum w^2 v, over values and border as the window meets them |
 | transposed convolution | the same over the 1 / stride of the kernel that meets one output |
 | batch, instance, group, layer norm | mean 0 and variance 1 over a channel, group or all channels, times weight, plus bias |
 | average pooling over n values | m, v / sqrt(n): neighbours are neither equal (v) nor independent (v / n) |
 | max pooling over n values | the largest of n^(3/4) independent ones |
-| cat, chunk, split, permute | the channels, joined, taken apart, moved; a cat along another dimension is a mixture |
-| reshape, view, flatten | the same values, channels no longer told apart |
+| cat, chunk, split, index, permute | the channels, joined, taken apart, moved; a cat along another dimension is a mixture |
+| reshape, view, flatten | the same values, channels no longer told apart; of a mean over dimensions only the mean is right |
 | dropout, identity, pad, interpolate, adaptive pooling, casts | as it was |
 """
 
@@ -30,10 +31,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .distribution import UNKNOWN, Distribution, mixture
-from .geometry import window
+from .geometry import Size, window
 
 _SLICE = 2**18
 """Weights that are squared at a time: what fits a cache."""
+
+_RANK = 5
+"""Dimensions of a tensor (N, C, D, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,13 @@ class Operation:
 Rule = Callable[[Operation], Any]
 
 
-def convolved(weight: Tensor, groups: int, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+def convolved(
+    weight: Tensor,
+    groups: int,
+    mean: Tensor,
+    variance: Tensor,
+    quantize: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008 (it has no state)
+) -> tuple[Tensor, Tensor]:
     """Return mean and variance, shape (O,), of a convolution of independent values: sum w m and sum w^2 v.
 
     Args:
@@ -79,17 +89,18 @@ def convolved(weight: Tensor, groups: int, mean: Tensor, variance: Tensor) -> tu
         groups: number of groups.
         mean: of the values, shape (C,).
         variance: of the values, shape (C,).
+        quantize: what is done to the weight first, some output channels at a time: no copy of a whole weight is made.
     """
     rows = weight.detach().flatten(1)
     taps = rows.shape[1] * groups // len(mean)
     mean, variance = (each.to(rows.device).repeat_interleave(taps) for each in (mean, variance))
     if groups > 1:
-        rows = rows.float().view(groups, -1, rows.shape[1])
+        rows = quantize(rows).float().view(groups, -1, rows.shape[1])
         sums = [torch.bmm(part, each.view(groups, -1, 1)) for part, each in ((rows, mean), (rows * rows, variance))]
         return sums[0].flatten().cpu(), sums[1].flatten().cpu()
     means, variances = [], []
     for part in torch.split(rows, max(1, _SLICE // max(1, rows.shape[1]))):
-        wide = part.float()
+        wide = quantize(part).float()
         means.append(wide @ mean)
         variances.append((wide * wide) @ variance)
     return torch.cat(means).cpu(), torch.cat(variances).cpu()
@@ -106,13 +117,13 @@ def _convolution(operation: Operation, position: int = 1) -> Distribution:
     groups = operation.setting("groups", position + 5, 1)
     if not _is_plain(weight) or not isinstance(groups, int):
         return UNKNOWN
-    x = operation.x.wide(weight.shape[1] * groups)
-    settings = (operation.setting(name, place) for name, place in (("stride", 3), ("padding", 4), ("dilation", 5)))
-    moved = window(tuple(weight.shape[2:]), *(1 if value is None else value for value in settings))
+    x = _channels_first(operation.x).wide(weight.shape[1] * groups)
+    settings = (operation.setting(*each) for each in (("stride", 3, 1), ("padding", 4, 0), ("dilation", 5, 1)))
+    moved = window(tuple(weight.shape[2:]), *settings)
     inside = 1.0
     if moved is not None and x.size is not None:
         # a border that repeats the values is none
-        inside = moved.inside(x.size) if operation.setting("padding_mode", -1, "zeros") == "zeros" else 1.0
+        inside = moved.inside(x.size) if getattr(operation.module, "padding_mode", "zeros") == "zeros" else 1.0
         x = replace(x, size=moved.output(x.size))
     return _normal(*convolved(weight, groups, *bordered(x.mean, x.std**2, inside, 0.0)), bias, x)
 
@@ -121,7 +132,7 @@ def _transposed_convolution(operation: Operation) -> Distribution:
     conv = operation.module
     if not isinstance(conv, nn.modules.conv._ConvTransposeNd) or conv.groups > 1 or not _is_plain(conv.weight):
         return UNKNOWN
-    x = operation.x.wide(conv.in_channels)
+    x = _channels_first(operation.x).wide(conv.in_channels)
     if x.size is not None and len(conv.stride) == len(x.size):
         depth, height, width = (n * step for n, step in zip(x.size, conv.stride, strict=True))
         x = replace(x, size=(depth, height, width))
@@ -130,11 +141,15 @@ def _transposed_convolution(operation: Operation) -> Distribution:
     return _normal(mean * share, variance * share, conv.bias, x)
 
 
+def _channels_first(x: Distribution) -> Distribution:
+    return x if x.axis == 1 else replace(x.pooled(), axis=1, size=None)
+
+
 def _linear(operation: Operation) -> Distribution:
     weight, bias = operation.setting("weight", 1), operation.setting("bias", 2)
     if not _is_plain(weight):
         return UNKNOWN
-    x = operation.x if operation.x.axis == -1 else operation.x.pooled()
+    x = operation.x if operation.x.axis == -1 else replace(operation.x.pooled(), size=None)
     x = x.wide(weight.shape[1])
     return replace(_normal(*convolved(weight, 1, x.mean, x.std**2), bias, x), axis=-1)
 
@@ -170,8 +185,9 @@ def _prelu(operation: Operation) -> Distribution:
 
 
 def _clamp(operation: Operation) -> Distribution:
-    lowest = operation.setting("min_val", 1) if operation.module else operation.setting("min", 1)
-    certain = operation.x.nonnegative or (isinstance(lowest, (int, float)) and lowest >= 0)
+    lowest = torch.full((1, 1), 0.0 if operation.x.nonnegative else torch.finfo().min, device="cpu")
+    of_lowest = replace(operation, args=(replace(operation.x, points=lowest), *operation.args[1:]))
+    certain = bool((_elementwise(of_lowest, nonnegative=False).points >= 0).all())
     return _elementwise(operation, nonnegative=certain)
 
 
@@ -190,7 +206,7 @@ def _arithmetic(operation: Operation, function: Callable[[Any, Any], Any], *, ke
         return left.combine(right, function, nonnegative=keeps_sign and left.nonnegative and right.nonnegative)
     x, constant = (left, right) if isinstance(left, Distribution) else (right, left)
     column = _column(constant)
-    if not isinstance(x, Distribution) or column is None:
+    if not isinstance(x, Distribution) or column is None or not _is_along_channels(constant, x):
         return UNKNOWN
     if len(column) > 1:
         x = x.wide(len(column))
@@ -209,9 +225,19 @@ def _column(constant: object) -> Tensor | None:
     return None
 
 
+def _is_along_channels(constant: object, x: Distribution) -> bool:
+    """Whether broadcasting gives each channel of x, of (N, C, D, H, W), one value of a vector; a number is fine."""
+    if not isinstance(constant, Tensor) or constant.numel() == 1:
+        return True
+    from_the_end = 1 if x.axis == -1 else _RANK - 1
+    return constant.dim() >= from_the_end and constant.shape[-from_the_end] == constant.numel()
+
+
 def is_untrained(norm: nn.Module) -> bool:
     """Whether the running statistics are what they start from, mean 0 and variance 1."""
     if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None or norm.running_mean.is_meta:
+        return False
+    if isinstance(norm.running_mean, nn.UninitializedBuffer):
         return False
     return not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
 
@@ -241,7 +267,7 @@ def _layer_norm(operation: Operation) -> Distribution:
     weight, bias = operation.setting("weight", 2), operation.setting("bias", 3)
     last = isinstance(weight, Tensor) and weight.dim() == 1
     x = replace(_affine(operation.x.standardized(1), weight, bias), known=True)
-    return replace(x, axis=-1) if last else x
+    return replace(x, axis=-1, size=x.size if x.axis == -1 else None) if last else x
 
 
 def _affine(x: Distribution, weight: Tensor | None, bias: Tensor | None) -> Distribution:
@@ -296,8 +322,10 @@ def _cat(operation: Operation) -> Distribution:
     if not isinstance(parts, (tuple, list)) or not parts or not all(isinstance(part, Distribution) for part in parts):
         return UNKNOWN
     joined = mixture(parts)
-    if not _is_channel(dim, joined) or any(part.channels == 1 for part in parts):
-        return joined
+    if not _is_channel(dim, joined):
+        return replace(joined, size=None) if len(parts) > 1 else joined
+    if any(part.channels == 1 for part in parts):
+        return joined.pooled()
     return replace(joined, points=torch.cat([part.points for part in parts]))
 
 
@@ -313,8 +341,10 @@ def _split(operation: Operation, *, by_size: bool) -> Any:
         amount = operation.kwargs[sizes.pop()] if sizes else amount
     else:
         amount = operation.kwargs.get("chunks", amount)
-    if not isinstance(amount, (int, list, tuple)) or x.channels == 1 or not _is_channel(dim, x):
-        return x
+    if not _is_channel(dim, x):
+        return replace(x, size=None)
+    if not isinstance(amount, (int, list, tuple)) or x.channels == 1:
+        return x.pooled()
     try:
         parts: Sequence[Tensor] = (torch.split if by_size else torch.chunk)(x.points, amount)  # type: ignore[arg-type]
     except (RuntimeError, TypeError):  # sizes that are not of this many channels
@@ -325,14 +355,40 @@ def _split(operation: Operation, *, by_size: bool) -> Any:
 def _item(operation: Operation) -> Any:
     container, index = operation.args
     if isinstance(container, Distribution):
-        channels = index[1] if isinstance(index, tuple) and len(index) > 1 else slice(None)
-        if channels == slice(None) or container.axis != 1 or container.channels == 1:
-            return container
-        points = container.points[channels] if isinstance(channels, slice) else container.points[:0]
-        return replace(container, points=points) if len(points) else container.pooled()
+        # a bare number may be that of a part; a new object: it is not the whole
+        return _indexed(container, index) if isinstance(index, (tuple, slice)) else replace(container)
     if isinstance(container, (tuple, list)) and isinstance(index, int) and -len(container) <= index < len(container):
         return container[index]
     return UNKNOWN
+
+
+def _indexed(x: Distribution, index: Any) -> Distribution:
+    index = index if isinstance(index, tuple) else (index,)
+    if any(part is Ellipsis for part in index):
+        place = next(place for place, part in enumerate(index) if part is Ellipsis)
+        index = (*index[:place], *[slice(None)] * (_RANK - len(index) + 1), *index[place + 1 :])
+    others = [*index, *[slice(None)] * (_RANK - len(index))]
+    channels = others.pop(x.axis)
+    is_moved = x.axis == 1 and isinstance(others[0], int)
+    plain = isinstance(channels, (int, slice, list)) and all(isinstance(part, (int, slice)) for part in others)
+    if not plain or is_moved or len(others) != _RANK - 1:
+        return _pooled_value(x)
+    try:
+        points = x.points[[channels] if isinstance(channels, int) else channels] if x.channels > 1 else x.points
+    except (TypeError, IndexError):  # computed from a size, which is not known
+        return _pooled_value(x)
+    return replace(x, points=points, size=_cut(x.size, others[1:])) if len(points) else _pooled_value(x)
+
+
+def _cut(size: Size | None, slices: Sequence[Any]) -> Size | None:
+    """Return the size of a part of a volume; None if it has fewer dimensions, or a bound is computed."""
+    if size is None or not all(isinstance(part, slice) for part in slices):
+        return None
+    try:
+        depth, height, width = (len(range(n)[part]) for n, part in zip(size, slices, strict=True))
+    except TypeError:
+        return None
+    return depth, height, width
 
 
 def _permute(operation: Operation) -> Distribution:
@@ -340,23 +396,54 @@ def _permute(operation: Operation) -> Distribution:
     dims = operation.setting("dims", 1)
     order = list(dims) if isinstance(dims, (tuple, list)) else list(operation.args[1:])
     if not order or not all(isinstance(dim, int) for dim in order):
-        return x.pooled()
-    place = [dim % len(order) for dim in order].index(x.axis % len(order))
-    if place == len(order) - 1:
-        return replace(x, axis=-1)
-    return replace(x, axis=1) if place == 1 else replace(x.pooled(), axis=1)
+        return _pooled_value(x)
+    return _reordered(x, [dim % len(order) for dim in order])
+
+
+def _reordered(x: Distribution, order: list[int]) -> Distribution:
+    """Return x with its dimensions in another order."""
+    channels = x.axis % len(order)
+    place = order.index(channels)
+    if place not in (1, len(order) - 1):
+        return _pooled_value(x)
+    volume = [dim for dim in range(1, len(order)) if dim != channels]
+    moved = [dim for dim in order[1:] if dim != channels]
+    size = None
+    if x.size is not None and len(order) == _RANK and order[0] == 0:
+        depth, height, width = (x.size[volume.index(dim)] for dim in moved)
+        size = depth, height, width
+    return replace(x, axis=1 if place == 1 else -1, size=size)
 
 
 def _transpose(operation: Operation) -> Distribution:
     x = operation.x
-    dims = set(operation.args[1:])
-    return replace(x.pooled(), axis=1) if x.axis in dims or not all(isinstance(dim, int) for dim in dims) else x
+    words = ("dim0", "dim1") if operation.name == "transpose" else ("axis0", "axis1")
+    dims = [operation.setting(word, place) for place, word in enumerate(words, start=1)]
+    if not all(isinstance(dim, int) for dim in dims):
+        return _pooled_value(x)
+    if x.size is not None:
+        order = list(range(_RANK))
+        first, second = (dim % _RANK for dim in dims)
+        order[first], order[second] = second, first
+        return _reordered(x, order)
+    # of how many dimensions it is, is not known: these may be the channels'
+    suspects = [dim == 1 or dim < -1 if x.axis == 1 else dim == -1 or dim > 1 for dim in dims]
+    return _pooled_value(x) if any(suspects) else replace(x)
 
 
 def _pad(operation: Operation) -> Distribution:
     x, mode, value = operation.x, operation.setting("mode", 2, "constant"), operation.setting("value", 3, 0)
     negative = mode == "constant" and isinstance(value, (int, float)) and value < 0
-    return replace(x, nonnegative=x.nonnegative and not negative)
+    amounts = operation.setting("padding" if operation.module else "pad", 1)
+    size = None
+    if isinstance(amounts, (tuple, list)) and all(isinstance(n, int) for n in amounts):
+        if x.size is not None and x.axis == 1:
+            # (left W, right W, left H, ...)
+            width, height, depth = (n + sum(amounts[2 * dim : 2 * dim + 2]) for dim, n in enumerate(reversed(x.size)))
+            size = depth, height, width
+        if any(amounts[6:]):
+            x = x.pooled()  # channels of zeros
+    return replace(x, nonnegative=x.nonnegative and not negative, size=size)
 
 
 def _as_it_was(operation: Operation) -> Distribution:
@@ -368,11 +455,19 @@ def _pooled_away(operation: Operation) -> Distribution:
 
 
 def _pooled(operation: Operation) -> Distribution:
-    return replace(operation.x.pooled(), axis=1, size=None)
+    return _pooled_value(operation.x)
+
+
+def _pooled_value(x: Distribution) -> Distribution:
+    return replace(x.pooled(), axis=1, size=None)
 
 
 def _softmax(_: Operation) -> Distribution:
     return replace(UNKNOWN.map(torch.sigmoid, nonnegative=True), known=False)
+
+
+def _subtracted_from(left: Any, right: Any) -> Any:
+    return right - left
 
 
 def _table() -> dict[str, Rule]:
@@ -394,10 +489,11 @@ def _table() -> dict[str, Rule]:
     for name, function, keeps_sign in (
         ("add", operator.add, True),
         ("sub", operator.sub, False),
+        ("rsub", _subtracted_from, False),
         ("mul", operator.mul, True),
         ("div", operator.truediv, True),
     ):
-        names = f"{name} i{name} r{name}" if name != "div" else "div truediv itruediv"
+        names = {"sub": "sub isub", "rsub": "rsub", "div": "div truediv itruediv"}.get(name, f"{name} i{name} r{name}")
         add(names, partial(_arithmetic, function=function, keeps_sign=keeps_sign))
     add("batchnorm batchnorm1d batchnorm2d batchnorm3d syncbatchnorm", _channel_norm)
     add("instancenorm instancenorm1d instancenorm2d instancenorm3d", _channel_norm)
@@ -429,4 +525,5 @@ RULES = _table()
 def transfer(operation: Operation) -> Any:
     """Return what is known about the operation's result: a `Distribution`, or a container of them."""
     rule = RULES.get(operation.name)
-    return UNKNOWN if rule is None else rule(operation)
+    result = UNKNOWN if rule is None else rule(operation)
+    return replace(UNKNOWN) if result is UNKNOWN else result  # two unknown values are not one value twice

@@ -380,7 +380,7 @@ class TestReach:
 
     def test_a_batch_that_does_not_fit(self):
         with pytest.raises(
-            InputError, match=r"TwoLayers does not run on the batch \(1, 5, 2, 2, 2\) torch.float32: RuntimeE"
+            InputError, match=r"TwoLayers does not run on the example input \(1, 5, 2, 2, 2\) torch.float32: RuntimeE"
         ):
             diagnose(TwoLayers(), clip(1, 5, 2, 2, 2))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
+from .computed import is_trained
 from .qactivation import QActivation
 from .subclass import obstacle, own_state, quantized_class
 
@@ -177,13 +178,13 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         fitted = self._weight_quantize.fitted_scale(self.weight) if isinstance(scale, str) else scale
         for name, start in (("scale", fitted), ("offset", offset)):
             values = self._start(name, start, self.out_channels)
-            learned = None if values is None else nn.Parameter(values, requires_grad=self.weight.requires_grad)
+            learned = None if values is None else nn.Parameter(values, requires_grad=is_trained(self))
             self.register_parameter(name, learned)
 
     def _placed(self, module: Part) -> Part:
         """Return the module as the layer is: its device, dtype and mode; frozen where its weight is."""
         placed = module.to(self.weight.device, self.weight.dtype).train(self.training)
-        return placed.requires_grad_(self.weight.requires_grad)
+        return placed.requires_grad_(is_trained(self))
 
     def _start(self, name: str, start: Start, channels: int) -> Tensor | None:
         """Return the start of a setting per channel as a tensor of its own, as the layer is."""

@@ -25,6 +25,7 @@ class ApproxSign(BinaryQuantization):
     """
 
     name = "approxsign"
+    elementwise = True
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the sign of ``x``."""

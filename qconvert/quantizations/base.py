@@ -21,10 +21,12 @@ class Quantization(nn.Module):
     Attributes:
         name: the name under which rule files and layers find the quantizer.
         bit_width: bits that one quantized value needs in storage (32 for a quantizer that changes nothing).
+        elementwise: whether a quantized value depends on no other value, so that a tensor may be quantized part by part.
     """
 
     name: ClassVar[str] = "none"
     bit_width: int = -1
+    elementwise: ClassVar[bool] = False
 
     @property
     def bitwidth(self) -> int:

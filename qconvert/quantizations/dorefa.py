@@ -66,6 +66,7 @@ class InputDoReFa(Quantization):
     """
 
     name = "inputdorefa"
+    elementwise = True
     bit_width = 1
 
     def __init__(self, bits: int = 1) -> None:

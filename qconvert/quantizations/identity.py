@@ -12,6 +12,7 @@ class Identity(Quantization):
     """
 
     name = "identity"
+    elementwise = True
     bit_width = 32
 
     def quantize(self, x: Tensor) -> Tensor:

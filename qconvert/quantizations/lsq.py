@@ -62,6 +62,7 @@ class LSQ(Quantization):
     """
 
     name = "lsq"
+    elementwise = True
     bit_width = 4
 
     def __init__(self, bits: int = 4, signed: bool = True) -> None:
@@ -78,7 +79,8 @@ class LSQ(Quantization):
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
         """Set the step to ``2 mean|weight| / sqrt(p)``; weights that are all 0 leave it as it is."""
-        step = 2 * weight.abs().mean() / math.sqrt(self.highest)
+        mean_magnitude = torch.linalg.vector_norm(weight, 1, dtype=torch.float32) / weight.numel()  # no copy of the weight
+        step = 2 * mean_magnitude / math.sqrt(self.highest)
         self.step.copy_(torch.where(step > 0, step, self.step))
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class ProgressiveSign(BinaryQuantization):
     """
 
     name = "progressive_sign"
+    elementwise = True
 
     def __init__(
         self,

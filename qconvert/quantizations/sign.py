@@ -26,6 +26,7 @@ class Sign(BinaryQuantization):
     """
 
     name = "sign"
+    elementwise = True
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the sign of ``x``."""

@@ -29,6 +29,7 @@ class SteHeaviside(BinaryQuantization):
     """
 
     name = "steheaviside"
+    elementwise = True
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return +1 where ``x`` is positive, -1 elsewhere."""

@@ -37,6 +37,7 @@ class SwishSign(BinaryQuantization):
     """
 
     name = "swishsign"
+    elementwise = True
 
     def __init__(self, beta: float = 5.0) -> None:
         super().__init__()

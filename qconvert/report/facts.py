@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import QConv3d, QConv3d_NoAct
+from ..layers.computed import weights_at_rest
+from ..layers.tied import TiedConv3d
 from ..trace import unwrapped
 from .run import Shape, rows, run
 
@@ -99,7 +101,8 @@ def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
         InputError: if the model does not run on the inputs.
     """
     model = unwrapped(model)
-    layers = _static_facts(model)
+    with weights_at_rest(model):
+        layers = _static_facts(model)
     if example_inputs is None:
         return Facts(tuple(layers.values()), (), was_run=False)
     runs = run(model, example_inputs)
@@ -118,7 +121,6 @@ def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
 
 
 def _static_facts(model: nn.Module) -> dict[str, Layer]:
-    stored = {id(t) for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     bits = _bits_per_value(model)
     seen: set[int] = set()
     layers: dict[str, Layer] = {}
@@ -126,7 +128,7 @@ def _static_facts(model: nn.Module) -> dict[str, Layer]:
         # a convolution's quantizers are part of its row
         own = list(module.modules()) if isinstance(module, nn.Conv3d) else [module]
         parameters = _unseen([p for inner in own for p in inner._parameters.values() if p is not None], seen)
-        buffers = _unseen([b for inner in own for b in inner._buffers.values() if id(b) in stored], seen)
+        buffers = _unseen([b for inner in own for b in _saved_buffers(inner)], seen)
         weight_bits, input_bits = _precision(module)
         if parameters or buffers or weight_bits is not None:
             layers[name] = Layer(
@@ -140,6 +142,12 @@ def _static_facts(model: nn.Module) -> dict[str, Layer]:
                 buffer_bits=sum(_numel(b) * b.dtype.itemsize * 8 for b in buffers),
             )
     return layers
+
+
+def _saved_buffers(module: nn.Module) -> list[Tensor]:
+    """Return the module's own buffers that a checkpoint holds."""
+    left_out = module._non_persistent_buffers_set
+    return [buffer for name, buffer in module._buffers.items() if buffer is not None and name not in left_out]
 
 
 def _unseen(tensors: list[Any], seen: set[int]) -> list[Tensor]:
@@ -157,8 +165,10 @@ def _bits_per_value(model: nn.Module) -> dict[int, int]:
     """Return the storage bits of every Parameter: those of its quantizer, if every layer that uses it quantizes it."""
     bits: dict[int, int] = {}
     for module in model.modules():
+        # the owner of a functional convolution's kernel hands it to the layer that computes with it
+        handed_over = {id(p) for child in module.children() if isinstance(child, TiedConv3d) for p in child.parameters()}
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in handed_over:
                 quantized = isinstance(module, QConv3d_NoAct) and key == "weight"
                 own = (_precision(module)[0] if quantized else None) or parameter.dtype.itemsize * 8
                 bits[id(parameter)] = max(own, bits.get(id(parameter), 0))

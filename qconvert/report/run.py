@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import InputError
-from ..example import arguments
+from ..example import arguments, does_not_run
 from ..rng import preserved_rng
 from ..trace import copied, drop_foreign_hooks
 
@@ -104,7 +104,7 @@ def run(model: nn.Module, example_inputs: Any) -> Runs:
             try:
                 return _watched(copied(model), inputs)
             except Exception as error:
-                raise InputError(_failure(model, example_inputs, error)) from error
+                raise InputError(does_not_run(model, example_inputs, error)) from error
 
 
 def _run_on_shapes(model: nn.Module, example_inputs: Any) -> Runs:
@@ -119,7 +119,7 @@ def _run_on_shapes(model: nn.Module, example_inputs: Any) -> Runs:
 
 @contextmanager
 def _decomposed_attention() -> Iterator[None]:
-    """Switch off torch's fused attentions: some of the operators, which differ from device to device, have no MAC formula."""
+    """Switch off torch's fused attentions: some of these operators, other ones on each device, have no MAC formula."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -137,13 +137,3 @@ def _watched(model: nn.Module, inputs: Any) -> Runs:
     with torch.no_grad(), runs:
         model(*args, **kwargs)
     return runs
-
-
-def _failure(model: nn.Module, example_inputs: Any, error: Exception) -> str:
-    shapes = [f"{tuple(t.shape)} {t.dtype}" for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)]
-    first_line = next(iter(str(error).splitlines()), "")
-    return (
-        f"{type(model).__name__} does not run on the example input {', '.join(shapes) or repr(example_inputs)}: "
-        f"{type(error).__name__}: {first_line}. Pass example_inputs that fit: a tensor, a tuple of arguments "
-        "or a dict of keyword arguments"
-    )

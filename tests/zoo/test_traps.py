@@ -165,7 +165,6 @@ def test_state_dict_hooks_run_when_a_state_dict_is_made():
     assert made == ["pre", "post"]
 
 
-@pytest.mark.xfail(strict=True, reason="report/facts.py asks for state_dict() to see which buffers are saved")
 def test_state_dict_hooks_do_not_run_when_a_model_is_counted():
     model = StateDictHooked()
     made = []
@@ -204,30 +203,18 @@ def test_what_a_weight_is_computed_from_is_trained(build):
     assert not torch.equal(converted(clip()), y)
 
 
-_frozen = pytest.mark.xfail(
-    strict=True, reason="a weight that a hook computes is a tensor without a gradient until the hook runs"
-)
-
-
-@pytest.mark.parametrize(
-    "build",
-    [WeightNormed, SpectralNormed, pytest.param(HookWeightNormed, marks=_frozen), pytest.param(Pruned, marks=_frozen)],
-)
+@every_computed_weight
 def test_what_is_added_beside_a_computed_weight_is_trained(build):
     converted = convert(build())
     assert {name for name, parameter in converted.named_parameters() if not parameter.requires_grad} == set()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="each look at the weight runs a power iteration, and a conversion looks several times"
-)
 def test_a_spectral_norm_in_training_is_not_iterated_by_a_conversion():
     model = SpectralNormed()
     converted = convert(model, IDENTITY)
     assert_equal(tensors(converted).values(), tensors(model).values())
 
 
-@pytest.mark.xfail(strict=True, reason="each look at the weight runs a power iteration, and a count looks once")
 def test_a_spectral_norm_in_training_is_not_iterated_by_a_count():
     model = SpectralNormed()
     before = {name: tensor.clone() for name, tensor in tensors(model).items()}
@@ -306,9 +293,6 @@ def leaves_of(inputs: Any) -> list[Any]:
 # --- lazy modules ---
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a convolution without a weight is left float, whatever is passed"
-)
 def test_a_lazy_convolution_is_initialised_by_the_example_input():
     model = LazyConv()
     converted = convert(model, example_inputs=clip())
@@ -316,6 +300,39 @@ def test_a_lazy_convolution_is_initialised_by_the_example_input():
     assert converted.stem.in_channels == 2
     assert converted(clip()).shape == (2, 4, 4, 6, 6)
     assert isinstance(model.stem.weight, nn.UninitializedParameter), "the model that came in is as it was"
+
+
+def test_a_lazy_convolution_is_initialised_by_the_input_of_the_rules(capsys):
+    rules = {"model": {"input_shape": [1, 2, 4, 6, 6]}, **CHANNELS}
+    converted = qconvert.binarize(LazyConv(), rules)
+    assert binary_layers(converted) == ["stem", "head"]
+    assert "2 Conv3d found, 2 converted" in capsys.readouterr().out
+
+
+def test_a_trial_run_leaves_nothing_but_the_weights_behind():
+    class Counts(LazyConv):
+        runs = 0
+
+        def forward(self, x):
+            self.runs += 1
+            return super().forward(x)
+
+    model = Counts()
+    before = torch.get_rng_state()
+    converted = convert(model, example_inputs=clip())
+    assert (model.runs, converted.runs) == (0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert converted.stem.training
+
+
+def test_an_example_that_a_lazy_model_does_not_take_is_an_error():
+    with pytest.raises(qconvert.InputError, match=r"LazyConv does not run on the example input \(3, 3\)"):
+        convert(LazyConv(), example_inputs=torch.zeros(3, 3))
+
+
+def test_a_lazy_convolution_in_place_is_left_and_named():
+    model = LazyConv()
+    assert binary_layers(convert(model, example_inputs=clip(), inplace=True)) == ["head"]
 
 
 def test_a_lazy_convolution_without_an_example_is_left_and_named():

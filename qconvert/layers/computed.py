@@ -1,0 +1,27 @@
+"""Weights that are no Parameters: parametrizations and hooks compute them from Parameters of other names."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+
+def is_trained(conv: nn.Conv3d) -> bool:
+    """Whether the weight, or what a hook computes it from at the next call (prune, the old weight_norm), has a gradient."""
+    sources = (parameter for name, parameter in conv._parameters.items() if name.startswith("weight_"))
+    return conv.weight.requires_grad or any(source is not None and source.requires_grad for source in sources)
+
+
+@contextmanager
+def weights_at_rest(model: nn.Module) -> Iterator[None]:
+    """Let weights be looked at without a change: in training, each look at a spectral_norm iterates its buffers."""
+    lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
+    training = {inner: inner.training for outer in lists for inner in outer.modules()}
+    for inner in training:
+        inner.training = False
+    try:
+        yield
+    finally:
+        for inner, mode in training.items():
+            inner.training = mode

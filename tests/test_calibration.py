@@ -1,0 +1,514 @@
+"""`binarize(..., calibration_data=...)`: what it sets, against numpy on what hooks saw; and what it leaves alone."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import (
+    DeadConv,
+    DictInDictOut,
+    FrozenBatchNorm,
+    FunctionalConv,
+    KeywordOnly,
+    OwnTrainMethod,
+    Residual,
+    SharedModule,
+)
+from small import CHANNELS, STEPS, convert
+from test_pipeline import assert_unchanged, snapshot
+from torch import Tensor, nn
+
+import qconvert
+from qconvert import InputError
+
+POINTS = 32
+"""A distribution is known by so many of its values: medians are exact to a step of this many."""
+
+
+def clips(n: int = 8, mean: float = 0.5, seed: int = 3) -> Tensor:
+    return mean + torch.randn(n, 2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def network() -> nn.Sequential:
+    """Return a small network, with a bias, groups, a border and a stride."""
+    return nn.Sequential(
+        nn.Conv3d(2, 8, 3, padding=1),
+        nn.BatchNorm3d(8),
+        nn.ReLU(),
+        nn.Conv3d(8, 6, 3, padding=1, groups=2, stride=(1, 2, 2)),
+        nn.BatchNorm3d(6),
+        nn.ReLU(),
+        nn.Conv3d(6, 4, 1),
+    )
+
+
+def calibrated(model: nn.Module, data: Any, rules: Any = CHANNELS, **settings: Any) -> nn.Module:
+    return convert(model, rules, calibration_data=data, **settings)
+
+
+def channels(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().movedim(-4, 0).flatten(1).double().numpy()
+
+
+def seen(model: nn.Module, batches: list[Tensor]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return what each Conv3d read and put out, by hooks on a copy, a pair for each call."""
+    hooked, kept = copy.deepcopy(model), {}
+    for name, module in hooked.named_modules():
+        if isinstance(module, nn.Conv3d):
+
+            def hook(module, args, output, name=name):
+                kept.setdefault(name, []).append((channels(args[0]), channels(output)))
+
+            module.register_forward_hook(hook)
+    with torch.no_grad():
+        for batch in batches:
+            hooked(batch)
+    return kept
+
+
+def in_batch_mode(converted: nn.Module) -> nn.Module:
+    """Return a copy whose BatchNorms normalise by the batch, as during the calibration."""
+    twin = copy.deepcopy(converted)
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.train()
+    return twin
+
+
+def joined(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    reads, writes = zip(*pairs, strict=True)
+    return np.concatenate(reads, 1), np.concatenate(writes, 1)
+
+
+def share_below(values: np.ndarray, threshold: Tensor) -> np.ndarray:
+    return (values < threshold.detach().double().numpy()[:, None]).mean(1)
+
+
+# --- thresholds, scales and offsets ---
+
+
+@pytest.mark.parametrize("mean", [-0.5, 0.5])
+def test_thresholds_split_what_the_layers_read(mean: float):
+    data = [clips(32)]
+    model = network().eval()
+    for norm in (model[1], model[4]):
+        nn.init.constant_(norm.bias, mean)  # behind the ReLU, 69 % or 31 % zeros
+    converted = calibrated(model, data)
+    for name, pairs in seen(in_batch_mode(converted), data).items():
+        reads, _ = joined(pairs)
+        activation, spread = converted.get_submodule(name).activation, reads.std(1)
+        lowest = reads.min(1)
+        is_rectified = name != "0" and mean < 0
+        assert ((reads > lowest[:, None]).mean(1) < 0.45).all() == is_rectified, name
+        threshold = activation.threshold.detach().numpy()
+        if is_rectified:
+            assert np.allclose(threshold, lowest + 0.1 * spread, rtol=0.15), name
+        else:  # the median, between two of 32 points
+            quantiles = np.quantile(reads, [0.5 - 1 / POINTS, 0.5 + 1 / POINTS], axis=1)
+            assert (quantiles[0] - 1e-6 <= threshold).all(), name
+            assert (threshold <= quantiles[1] + 1e-6).all(), name
+        assert np.allclose(activation.spread, spread, rtol=0.15), name
+    below = share_below(channels(data[0]), converted[0].activation.threshold)
+    assert (np.abs(below - 0.5) < 1 / POINTS).all()
+
+
+def test_scale_and_offset_give_the_float_layers_moments():
+    model, data = network().eval(), [clips()]
+    converted = calibrated(model, data)
+    of_float, of_converted = seen(model, data), seen(in_batch_mode(converted), data)
+    assert of_float.keys() == of_converted.keys() == {"0", "3", "6"}
+    for name, pairs in of_float.items():
+        wanted, got = joined(pairs)[1], joined(of_converted[name])[1]
+        assert np.allclose(got.mean(1), wanted.mean(1), atol=1e-3 * wanted.std()), name
+        assert np.allclose(got.std(1), wanted.std(1), rtol=1e-3), name
+
+
+def test_without_data_they_are_elsewhere():
+    """What the tests above compare with is not what the graph tells."""
+    model, data = network().eval(), [clips(mean=3.0)]
+    told, measured = convert(model), calibrated(model, data)
+    for key in ("0.activation.threshold", "0.scale", "3.offset", "4.running_mean"):
+        assert not torch.allclose(told.state_dict()[key], measured.state_dict()[key], rtol=0.05), key
+
+
+def test_a_number_as_threshold_stays():
+    rule = {
+        "rule": [{"weight": {"quantizer": "sign", "scale": "channel"}, "input": {"quantizer": "sign", "threshold": 0.25}}]
+    }
+    converted = calibrated(network().eval(), [clips()], rule)
+    for index in (0, 3, 6):
+        assert (converted[index].activation.threshold == 0.25).all()
+        assert converted[index].activation.spread is None
+
+
+def test_auto_without_a_threshold_gets_a_spread_only():
+    rule = {
+        "rule": [{"weight": {"quantizer": "sign", "scale": "channel"}, "input": {"quantizer": "sign", "threshold": "auto"}}]
+    }
+    model = nn.Sequential(nn.Conv3d(2, 4, 1), nn.BatchNorm3d(4), nn.Conv3d(4, 2, 1)).train()
+    nn.init.constant_(model[1].weight, 2.0)
+    model[1].running_mean.fill_(0.01)  # trained
+    converted = calibrated(model.eval(), [clips()], rule)
+    assert converted[2].activation.threshold is None
+    assert np.allclose(converted[2].activation.spread, 2.0, rtol=0.06)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_layers_without_a_scale_keep_their_output(threshold: float | None):
+    side = {"quantizer": "sign"} | ({} if threshold is None else {"threshold": threshold})
+    rule = {"rule": [{"weight": "sign", "input": side}]}
+    model = network().eval()
+    told, measured = convert(model, rule), calibrated(model, [clips()], rule)
+    assert told.state_dict().keys() == measured.state_dict().keys()
+    for index in (0, 3, 6):
+        assert measured[index].scale is None
+    assert not torch.equal(told[4].running_mean, measured[4].running_mean)
+
+
+def test_layers_of_more_bits_are_corrected_too():
+    rule = {"rule": [{"weight": {"quantizer": "lsq", "scale": "channel"}, "input": STEPS["rule"][0]["input"]}]}
+    model, data = network().eval(), [clips()]
+    of_float, of_converted = seen(model, data), seen(in_batch_mode(calibrated(model, data, rule)), data)
+    for name, pairs in of_float.items():
+        wanted, got = joined(pairs)[1], joined(of_converted[name])[1]
+        assert np.allclose(got.mean(1), wanted.mean(1), atol=1e-3 * wanted.std()), name
+        assert np.allclose(got.std(1), wanted.std(1), rtol=1e-3), name
+
+
+def test_the_parameters_themselves_are_not_touched():
+    model = network().eval()
+    converted = calibrated(model, [clips()])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(converted.get_parameter(name), parameter), name
+
+
+# --- BatchNorm ---
+
+
+def test_running_statistics_are_the_averages_over_all_batches():
+    """Those of a model without anything before the BatchNorm that a batch changes: as torch.optim.swa_utils.update_bn."""
+    model = nn.Sequential(nn.BatchNorm3d(2), nn.Conv3d(2, 4, 1))
+    model[0].running_mean.fill_(7)
+    model[0].num_batches_tracked.fill_(100)
+    batches = [clips(n, mean, seed) for n, mean, seed in ((4, 0.0, 1), (4, 2.0, 2), (4, 5.0, 3))]
+    norm = calibrated(model.eval(), batches)[0]
+    means, variances = zip(*((channels(b).mean(1), channels(b).var(1, ddof=1)) for b in batches), strict=True)
+    assert np.allclose(norm.running_mean, np.mean(means, 0), rtol=1e-4)
+    assert np.allclose(norm.running_var, np.mean(variances, 0), rtol=1e-4)
+    twin = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(batches, twin)
+    torch.testing.assert_close(norm.running_mean, twin[0].running_mean)
+    torch.testing.assert_close(norm.running_var, twin[0].running_var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_are_of_what_a_batch_norm_reads_in_the_converted_model(training: bool):
+    data = [clips()]
+    converted = calibrated(network().train(training), data)
+    reads: dict[str, np.ndarray] = {}
+    twin = in_batch_mode(converted)
+    for name in ("1", "4"):
+        twin.get_submodule(name).register_forward_hook(
+            lambda _, args, __, name=name: reads.update({name: channels(args[0])})
+        )
+    with torch.no_grad():
+        twin(data[0])
+    for name, values in reads.items():
+        norm = converted.get_submodule(name)
+        assert np.allclose(norm.running_mean, values.mean(1), atol=1e-3), name
+        assert np.allclose(norm.running_var, values.var(1, ddof=1), rtol=1e-3), name
+        assert norm.momentum == 0.1
+        assert norm.training is training
+
+
+@pytest.mark.parametrize("build", [FrozenBatchNorm, OwnTrainMethod])
+def test_a_frozen_batch_norm_keeps_its_statistics(build: Callable[[], nn.Module]):
+    model = build().train()
+    model.frozen.eval()
+    model.frozen.running_mean.fill_(0.5)
+    before = copy.deepcopy(model.frozen.state_dict())
+    converted = calibrated(model, [clips()])
+    for key, value in converted.frozen.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert not torch.equal(converted.live.running_mean, model.live.running_mean)
+    assert [converted.training, converted.frozen.training, converted.live.training] == [True, False, True]
+
+
+def test_a_batch_norm_without_statistics_is_no_obstacle():
+    model = nn.Sequential(nn.Conv3d(2, 4, 1), nn.BatchNorm3d(4, track_running_stats=False), nn.Conv3d(4, 2, 1))
+    assert calibrated(model, [clips()])[1].running_mean is None
+
+
+# --- batches ---
+
+
+def test_one_pass_over_a_generator():
+    taken = []
+
+    def stream() -> Iterator[Tensor]:
+        for batch in clips(6).split(2):
+            taken.append(len(batch))
+            yield batch
+
+    model = network().eval()
+    from_stream = calibrated(model, stream())
+    assert taken == [2, 2, 2]
+    from_list = calibrated(model, list(clips(6).split(2)))
+    assert_same_state(from_stream, from_list)
+    assert from_stream[1].num_batches_tracked == 3
+
+
+def assert_same_state(left: nn.Module, right: nn.Module) -> None:
+    assert left.state_dict().keys() == right.state_dict().keys()
+    for key, value in left.state_dict().items():
+        assert torch.equal(value, right.state_dict()[key]), key
+
+
+def test_batches_are_let_go():
+    references: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def stream() -> Iterator[Tensor]:
+        for seed in range(8):
+            alive.append(sum(reference() is not None for reference in references))
+            batch = clips(2, seed=seed)
+            references.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    calibrated(network().eval(), stream())
+    assert len(references) == 8
+    assert max(alive) <= 1  # the one before, which the loop still has
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+
+
+def test_what_is_kept_does_not_grow_with_the_number_of_batches():
+    from qconvert.calibration import _Layer  # noqa: PLC0415 (the one test of its inside)
+
+    sizes = []
+    layer, activation = _Layer("layer"), nn.Module()
+    activation.spread = activation.threshold = None
+    for _ in range(300):
+        layer._read(activation, torch.randn(1, 100))
+        sizes.append(len(layer.parts))
+    assert max(sizes) <= 10
+
+
+def test_many_small_batches_are_one_big_one():
+    """But for BatchNorm, which sees what a batch is: without one."""
+    model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.Conv3d(4, 4, 1), nn.Tanh(), nn.Conv3d(4, 2, 1)).eval()
+    data = clips(64)
+    many, one = calibrated(model, data.split(1)), calibrated(model, [data])
+    for index in (0, 2, 4):
+        spread = one[index].activation.spread
+        torch.testing.assert_close(many[index].activation.spread, spread, rtol=0.06, atol=0)
+        moved = (many[index].activation.threshold - one[index].activation.threshold).abs()
+        assert (moved < (0.1 if index == 0 else 0.3) * spread).all()
+        torch.testing.assert_close(many[index].scale, one[index].scale, rtol=0.1, atol=0)
+        # the raw outputs of the first batches are of thresholds that then moved a little
+        wanted, got = (layer.offset for layer in (one[index], many[index]))
+        assert ((wanted - got).abs() < 0.2).all()
+
+
+def test_moments_over_batches_of_any_size_are_those_of_all_values():
+    """The input convolution, whose float output depends on the data alone: batches of 1, 5 and 2 clips, far apart."""
+    model = nn.Sequential(nn.Conv3d(2, 4, 1)).eval()
+    parts = [clips(1, 0.0, 1), clips(5, 3.0, 2), clips(2, -2.0, 3)]
+    wanted = channels(model[0](torch.cat(parts)))
+    rule = {
+        "rule": [{"weight": {"quantizer": "sign", "scale": "channel"}, "input": {"quantizer": "sign", "threshold": 0.5}}]
+    }
+    got = channels(calibrated(model, parts, rule)(torch.cat(parts)))
+    assert np.allclose(got.mean(1), wanted.mean(1), atol=1e-4)
+    assert np.allclose(got.std(1), wanted.std(1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dark", "bright"), [(64, 64), (100, 300), (5, 100)])
+def test_late_batches_count_as_much_as_early_ones(dark: int, bright: int):
+    model = nn.Sequential(nn.Conv3d(1, 2, 1)).eval()
+    values = [torch.randn(1, 1, 4, 8, 8) + 4 * (number >= dark) for number in range(dark + bright)]
+    threshold = calibrated(model, values)[0].activation.threshold
+    share = share_below(channels(torch.cat(values, 0)), threshold)
+    assert share.item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_large_batches_count_for_more_than_small_ones():
+    model = nn.Sequential(nn.Conv3d(1, 2, 1)).eval()
+    values = [torch.randn(n, 1, 4, 8, 8) + mean for n, mean in ((1, 4.0), (20, 0.0), (1, 4.0), (2, 4.0))]
+    threshold = calibrated(model, values)[0].activation.threshold
+    assert share_below(channels(torch.cat(values, 0)), threshold).item() == pytest.approx(0.5, abs=0.05)
+
+
+# --- what a batch may be ---
+
+
+def test_a_dict_holds_keyword_arguments():
+    model, x = KeywordOnly().eval(), clips()
+    by_name = calibrated(model, [{"clip": x, "gain": 1.0}])
+    assert np.allclose(by_name.conv.activation.threshold.detach(), np.median(channels(x), 1), atol=0.1)
+
+
+def test_a_tuple_holds_arguments_and_may_hold_a_dict():
+    by_tuple = calibrated(DictInDictOut().eval(), [({"clip": clips()},)])
+    assert np.allclose(by_tuple.conv.activation.threshold.detach(), np.median(channels(clips()), 1), atol=0.1)
+
+
+def test_a_model_may_write_to_a_batch_and_the_batch_stays():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(2, 2, 1)
+
+        def forward(self, x):
+            return self.conv(x.mul_(0))
+
+    x = clips()
+    calibrated(Writes().eval(), [x])
+    assert torch.equal(x, clips())
+
+
+# --- errors ---
+
+
+class Labelled:
+    """A loader of (inputs, labels)."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield clips(), torch.zeros(8)
+
+
+def with_nan(place: int) -> list[Tensor]:
+    batches = [clips(2, seed=seed) for seed in range(3)]
+    batches[place][0, 0, 0, 0, 0] = float("nan")
+    return batches
+
+
+BAD = {
+    "empty": (list, r"^calibration_data has no batch"),
+    "used up": (lambda: iter(()), r"^calibration_data has no batch"),
+    "labels": (
+        Labelled,
+        r"^calibration batch 1: Sequential does not run on .*pass the inputs alone: \(inputs for inputs, _",
+    ),
+    "shape": (
+        lambda: [clips(), torch.zeros(2, 3, 4, 8, 8)],
+        r"^calibration batch 2: Sequential does not run .*\(2, 3, 4, 8, 8\)",
+    ),
+    "nan": (lambda: with_nan(1), r"^layer '0' meets values that are not finite"),
+    "infinity": (lambda: [clips() / 0], r"^layer '0' meets values that are not finite"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_failure_says_why_and_changes_nothing(data: Callable[[], Any], message: str, inplace: bool, training: bool):
+    model = network().train(training)
+    model[1].eval()
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        qconvert.binarize(model, CHANNELS, calibration_data=data(), inplace=inplace, report=False)
+    assert_unchanged(model, before)
+
+
+def test_a_loader_that_raises_changes_nothing():
+    def stream() -> Iterator[Tensor]:
+        yield clips()
+        raise OSError("disk on fire")
+
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(OSError, match="disk on fire"):
+        qconvert.binarize(model, CHANNELS, calibration_data=stream(), inplace=True, report=False)
+    assert_unchanged(model, before)
+
+
+def test_a_layer_behind_a_division_by_0_is_named():
+    class Divides(nn.Module):
+        def forward(self, x):
+            return x / 0
+
+    model = nn.Sequential(nn.Conv3d(2, 4, 1), Divides(), nn.Conv3d(4, 2, 1))
+    with pytest.raises(InputError, match=r"^layer '2' meets values that are not finite"):
+        qconvert.binarize(model, CHANNELS, calibration_data=[clips()], report=False)
+
+
+# --- what stays ---
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_momenta_and_the_original_stay(training: bool):
+    model = network().train(training)
+    model[4].train(not training)
+    model[4].momentum = None
+    before = snapshot(model)
+    converted = calibrated(model, [clips()])
+    assert_unchanged(model, before)
+    for name, module in model.named_modules():
+        assert converted.get_submodule(name).training is module.training, name
+    assert [converted[1].momentum, converted[4].momentum] == [0.1, None]
+    assert not any("_conv_forward" in vars(module) for module in converted.modules())
+
+
+def test_in_place_is_out_of_place():
+    model = network().eval()
+    twin, conv = copy.deepcopy(model), model[3]
+    assert calibrated(model, [clips()], inplace=True) is model
+    assert model[3] is conv
+    assert_same_state(model, calibrated(twin, [clips()]))
+
+
+def test_a_model_in_train_mode_is_calibrated_in_eval_mode():
+    """Dropout is off: what the layer behind it reads is all of it."""
+    model = nn.Sequential(nn.Conv3d(2, 4, 1), nn.Dropout(0.9), nn.Conv3d(4, 2, 1))
+    training, evaluating = (calibrated(model.train(mode), [clips()]) for mode in (True, False))
+    assert_same_state(training, evaluating)
+
+
+def test_a_layer_that_the_data_never_reaches_starts_from_the_graph():
+    model = DeadConv().eval()
+    told, measured = convert(model), calibrated(model, [clips()])
+    for key in ("activation.threshold", "activation.spread", "scale", "offset"):
+        assert torch.equal(measured.state_dict()[f"unused.{key}"], told.state_dict()[f"unused.{key}"])
+        assert not torch.equal(measured.state_dict()[f"conv.{key}"], told.state_dict()[f"conv.{key}"])
+
+
+def test_a_shared_layer_is_set_for_all_its_calls():
+    model, data = SharedModule().eval(), [clips(32)]
+    converted = calibrated(model, data)
+    assert converted.conv is converted.same
+    reads, _ = joined(seen(converted, data)["conv"])
+    assert np.abs(share_below(reads, converted.conv.activation.threshold) - 0.5).max() < 3 / POINTS
+
+
+def test_a_functional_layer_is_calibrated():
+    model, data = FunctionalConv().eval(), [clips(2)]
+    converted = calibrated(model, data)
+    wanted, got = channels(model(data[0])), channels(converted(data[0]))
+    assert np.allclose(got.mean(1), wanted.mean(1), atol=1e-3 * wanted.std())
+    assert np.allclose(got.std(1), wanted.std(1), rtol=1e-3)
+
+
+def test_residual_blocks_keep_the_moments_of_every_layer():
+    model, data = Residual().eval(), [clips()]
+    converted = calibrated(model, data)
+    of_float, of_converted = seen(model, data), seen(in_batch_mode(converted), data)
+    assert len(of_float) == 5
+    for name, pairs in of_float.items():
+        wanted, got = joined(pairs)[1], joined(of_converted[name])[1]
+        assert np.allclose(got.mean(1), wanted.mean(1), atol=1e-3 * wanted.std()), name
+        assert np.allclose(got.std(1), wanted.std(1), rtol=1e-3), name
+
+
+def test_half_precision_is_calibrated():
+    model, data = network().eval().to(torch.bfloat16), [clips().to(torch.bfloat16)]
+    converted = calibrated(model, data)
+    assert converted[3].scale.dtype == torch.bfloat16
+    expected = calibrated(copy.deepcopy(model).float(), [clips()])
+    torch.testing.assert_close(converted[3].scale.float(), expected[3].scale, rtol=0.1, atol=0)
