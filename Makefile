@@ -13,7 +13,7 @@ test: $(VENV)/.test ## lint, types, documentation and every test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto
 
 bench: $(VENV)/.test ## speed, as ratios measured side by side
 	$(BIN)/python tests/bench/bench_conversion.py

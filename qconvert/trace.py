@@ -161,7 +161,7 @@ class _Tracer(fx.Tracer):
     @classmethod
     def runs_whole(cls, module: nn.Module, name: str) -> bool:
         """Whether no code of the user's runs in the module while it is traced: a container's contents do."""
-        return cls().is_leaf_module(module, name) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        return cls().is_leaf_module(module, name) and not _is_container(module)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)
@@ -206,8 +206,8 @@ class _Regions:
             return
         if not _holds_conv3d(module):
             return
-        if type(module).forward is nn.Module.forward or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            self._trace_children(name, module)  # a container has no forward of its own
+        if _is_container(module):
+            self._trace_children(name, module)
             return
         # what a forward does to Python state while it is traced (caches, counters) happens to a copy, of which a failed
         # trace leaves stand-ins behind: each has its own
@@ -242,6 +242,11 @@ def _graph_of_conv3d() -> fx.Graph:
 
 def _holds_conv3d(module: nn.Module) -> bool:
     return any(isinstance(inner, nn.Conv3d) or names_conv3d(type(inner)) for inner in module.modules())
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether it has no forward of its own: ModuleList, ModuleDict, a plain Module that others are put into."""
+    return type(module).forward is nn.Module.forward
 
 
 def _defaults(module: nn.Module) -> dict[str, Any] | None:

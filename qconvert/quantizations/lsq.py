@@ -79,7 +79,8 @@ class LSQ(Quantization):
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
         """Set the step to ``2 mean|weight| / sqrt(p)``; weights that are all 0 leave it as it is."""
-        mean_magnitude = torch.linalg.vector_norm(weight, 1, dtype=torch.float32) / weight.numel()  # no copy of the weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        mean_magnitude = torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel()  # without a copy of the weight
         step = 2 * mean_magnitude / math.sqrt(self.highest)
         self.step.copy_(torch.where(step > 0, step, self.step))
 
