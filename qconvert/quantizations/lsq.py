@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from ..errors import QuantizerError
 from .base import Quantization, check_bits
+from .operators import spell_out
 
 
-@torch.library.custom_op("qconvert::lsq", mutates_args=())
-def lsq(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+def _lsq(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
     """Round ``x / step`` to the integers ``lowest .. highest`` and scale back. ``step`` is a 0-d tensor."""
     return torch.round(torch.clamp(x / step, lowest, highest)) * step
+
+
+lsq = torch.library.custom_op("qconvert::lsq", _lsq, mutates_args=())
+spell_out("lsq", _lsq)
 
 
 @lsq.register_fake

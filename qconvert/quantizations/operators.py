@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 
 def quantizer_operator(
@@ -52,7 +53,13 @@ def quantizer_operator(
             return operator(x, *settings), dim
         return torch.stack([operator(sample, *settings) for sample in x.unbind(dim)], dim), dim
 
+    spell_out(name, forward)
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=keep)
     operator.register_vmap(vmap)
     return operator
+
+
+def spell_out(name: str, forward: Callable[..., Tensor]) -> None:
+    """Let what knows torch's operators only, as torch.onnx.export does, have ``qconvert::name`` in terms of those."""
+    register_decomposition(getattr(torch.ops.qconvert, name).default)(forward)
