@@ -180,8 +180,8 @@ def _run(model: nn.Module, batch: Any, number: int) -> None:
         raise
     except Exception as error:
         raise InputError(
-            f"calibration batch {number}: {does_not_run(model, batch, error)}. Batches have the form of example_inputs: "
-            "of a loader that yields (inputs, labels), pass the inputs alone, (inputs for inputs, _ in loader)"
+            f"calibration batch {number}: {does_not_run(model, batch, error)}. Batches have the form of example_inputs; "
+            "of a loader that yields (inputs, labels), pass the inputs alone: (inputs for inputs, _ in loader)"
         ) from error
 
 

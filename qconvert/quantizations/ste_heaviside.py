@@ -8,8 +8,7 @@ from .operators import quantizer_operator
 
 
 def _ste_heaviside(x: Tensor) -> Tensor:
-    one = torch.ones((), dtype=x.dtype, device=x.device)
-    return torch.where(x > 0, one, -one)
+    return torch.sign(x).sub_(0.5).sign_()  # torch.sign of 0 and of NaN is 0
 
 
 def _window(grad_output: Tensor, x: Tensor) -> Tensor:
