@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,22 +44,60 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
     setattr(InPlaceProxy, f"__i{_name}__", _augmented(_name))
 
 
+class NamingTracer(fx.Tracer):
+    """What both tracers do: note what is in place, and make nodes of all Parameters and buffers."""
+
+    # buffers as nodes: else their values, and what a forward computes from them, would be constants of the graph
+    proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return the stand-in for what a node computes."""
+        return InPlaceProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:  # noqa: ARG002 (fx's)
+        """Return the stand-in for a Parameter or buffer: as fx does, which goes through all of them at each look."""
+        if not isinstance(attr_val, Tensor):
+            return attr_val
+        name, _ = self._names.get(id(attr_val), ("", attr_val))
+        if name and name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache.get(name, attr_val)
+
+    @cached_property
+    def _names(self) -> dict[int, tuple[str, Tensor]]:
+        """Name and tensor by the tensor's identity. They are held: what is freed while tracing would leave its identity."""
+        named = (*self.root.named_buffers(), *self.root.named_parameters())
+        return {id(tensor): (name, tensor) for name, tensor in named}
+
+
 @dataclass(frozen=True)
 class OwnForward:
     """What a trace of a module alone has found.
 
     Attributes:
+        module: the module.
         graphs: the forward in eval and in train mode, as far as it could be traced.
-        obstacle: why no graph may replace it, or None.
+        failure: why they are not both there, or no graph could be the forward of a module.
     """
 
+    module: nn.Module
     graphs: tuple[fx.Graph, ...]
-    obstacle: str | None
+    failure: str | None
 
     @property
     def graph(self) -> fx.Graph:
         """The graph that may replace the forward, if there is no obstacle."""
         return self.graphs[0]
+
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why no graph may replace the forward, or None."""
+        if self.failure is not None:
+            return self.failure
+        try:
+            return next(_differences(self.module, *self.graphs), None)
+        except Exception as error:  # noqa: BLE001 (a user's forward may raise anything; the reason is reported)
+            return _failure(error)
 
 
 @dataclass(frozen=True)
@@ -69,21 +108,31 @@ class _Condition:
     given: Mapping[str, Any] = field(default_factory=dict)  # arguments that have a value of their own
 
 
+_REASONS = {
+    "it draws random numbers in Python": _Condition(seed=1),
+    "it asks whether gradients are on": _Condition(gradients=False),
+}
+
+
 def own_forward(module: nn.Module) -> OwnForward:
     """Trace the module's forward without its children's. The module is not changed and not run."""
     if "forward" in vars(module):
-        return OwnForward((), "its forward was replaced on the instance")
+        return OwnForward(module, (), "its forward was replaced on the instance")
     if isinstance(module, fx.GraphModule):
-        return OwnForward((), "it is a GraphModule")
+        return OwnForward(module, (), "it is a GraphModule")
     graphs: list[fx.Graph] = []
     try:
         graphs.append(own_graph(module))
         graphs.append(_traced(module, _Condition(training=True)))
         source_of(graphs[0])
-        return OwnForward(tuple(graphs), next(_differences(module, *graphs), None))
+        return OwnForward(module, tuple(graphs), None)
     except Exception as error:  # noqa: BLE001 (a user's forward may raise anything; the reason is reported)
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        return OwnForward(tuple(graphs), f"its forward cannot be traced on its own ({type(error).__name__}: {first_line})")
+        return OwnForward(module, tuple(graphs), _failure(error))
+
+
+def _failure(error: Exception) -> str:
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"its forward cannot be traced on its own ({type(error).__name__}: {first_line})"
 
 
 def own_graph(module: nn.Module) -> fx.Graph:
@@ -95,10 +144,9 @@ def _differences(module: nn.Module, graph: fx.Graph, in_training: fx.Graph) -> I
     written = _written(graph, {})
     if _written(in_training, {}) != written:
         yield "it runs other code in train() than in eval()"
-    if _written(_traced(module, _Condition(seed=1)), {}) != written:
-        yield "it draws random numbers in Python"
-    if _written(_traced(module, _Condition(gradients=False)), {}) != written:
-        yield "it asks whether gradients are on"
+    if _written(_traced(module, _Condition(seed=1, gradients=False)), {}) != written:
+        yield from (why for why, alone in _REASONS.items() if _written(_traced(module, alone), {}) != written)
+        yield "it draws random numbers and asks whether gradients are on"
     for node in graph.nodes:
         if node.op == "placeholder" and not node.target.startswith("*"):
             yield from _depends_on(module, graph, node)
@@ -202,11 +250,8 @@ def _version(leaf: object) -> int:
     return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
-class _OwnTracer(fx.Tracer):
+class _OwnTracer(NamingTracer):
     """Keeps every submodule whole, and refuses code under a context that a graph does not know."""
-
-    # buffers as nodes: else their values, and what a forward computes from them, would be constants of the graph
-    proxy_buffer_attributes = True
 
     def __init__(self, condition: _Condition) -> None:
         super().__init__()
@@ -225,9 +270,6 @@ class _OwnTracer(fx.Tracer):
         if kind == "placeholder" and target in self.condition.given:
             return self.condition.given[target]
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
 
 
 def _context() -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ def functional_sites(model: nn.Module, graphs: Mapping[str, fx.Graph]) -> Iterat
 
     Its name is that of the module whose forward calls it, and its node's in the graph of that forward alone.
     """
-    naming = {cls for cls in {type(module) for module in model.modules()} if names_conv3d(cls)}
-    calls: dict[str, list[str]] = {name: [] for name, module in model.named_modules() if type(module) in naming}
+    calls: dict[str, list[str]] = {name: [] for name, module in model.named_modules() if names_conv3d(module)}
     for region, graph in graphs.items():
         for node in graph.nodes:
             if is_conv3d(node):
@@ -47,8 +47,13 @@ def owner_name(region: str, node: fx.Node) -> str:
     return ".".join(part for part in (region, stack[-1][0] if stack else "") if part)
 
 
-def names_conv3d(cls: type[nn.Module]) -> bool:
-    """Whether code of the class, not of torch's, names conv3d. A Conv3d's own is its own affair."""
+def names_conv3d(module: nn.Module) -> bool:
+    """Whether code of the module's class, not of torch's, names conv3d. A Conv3d's own is its own affair."""
+    return _class_names_conv3d(type(module))  # type: ignore[arg-type]  # a class can be hashed
+
+
+@lru_cache(maxsize=1024)
+def _class_names_conv3d(cls: type[nn.Module]) -> bool:
     if issubclass(cls, nn.Conv3d):
         return False
     own = [base for base in cls.__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch.")]
@@ -60,7 +65,7 @@ def _site(name: str, owner: nn.Module, node: fx.Node | None, own: OwnForward) ->
     try:
         layer = None if node is None else layer_for(owner, node)
     except _NotConvertibleError as reason:
-        return Site(name, "function", kind=FUNCTIONAL, blocker=own.obstacle or str(reason))
+        return Site(name, "function", kind=FUNCTIONAL, blocker=str(reason))
     if layer is None:
         return Site(name, "function", kind=FUNCTIONAL, blocker=own.obstacle)
     return Site(

@@ -22,7 +22,11 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
         try:
             if seed is not None:
                 random.seed(seed)
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(
+                    seed
+                )  # torch.manual_seed would write down the stack for every GPU backend
+                if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                    torch.cuda.manual_seed_all(seed)
                 if numpy:
                     numpy.random.seed(seed)
             yield

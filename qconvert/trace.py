@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .alone import InPlaceProxy
+from .alone import NamingTracer
 from .errors import ModelError
 from .functional import functional_sites, names_conv3d
 from .inplace import overwrites
@@ -144,11 +144,8 @@ def drop_foreign_hooks(model: nn.Module, spared: Set[nn.Module] = frozenset()) -
                     del hooks[key]
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(NamingTracer):
     """Keeps every Conv3d whole, and turns a submodule whose forward cannot be traced into one node."""
-
-    # buffers as nodes: else their values, and what a forward computes from them, would be constants of the graph
-    proxy_buffer_attributes = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,9 +159,6 @@ class _Tracer(fx.Tracer):
     def runs_whole(cls, module: nn.Module, name: str) -> bool:
         """Whether no code of the user's runs in the module while it is traced: a container's contents do."""
         return cls().is_leaf_module(module, name) and not _is_container(module)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)
@@ -241,7 +235,7 @@ def _graph_of_conv3d() -> fx.Graph:
 
 
 def _holds_conv3d(module: nn.Module) -> bool:
-    return any(isinstance(inner, nn.Conv3d) or names_conv3d(type(inner)) for inner in module.modules())
+    return any(isinstance(inner, nn.Conv3d) or names_conv3d(inner) for inner in module.modules())
 
 
 def _is_container(module: nn.Module) -> bool:
