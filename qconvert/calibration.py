@@ -17,12 +17,12 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .distribution import POINTS, Distribution, mixture
 from .errors import InputError, QConvertError
 from .example import arguments, copied_inputs, does_not_run
 from .layers import QActivation, QConv3d
 from .observer import make_float
 from .rules import Plan
+from .signals import POINTS, Distribution, mixture
 from .trace import copied
 
 _SAMPLE = 2**13

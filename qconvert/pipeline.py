@@ -14,11 +14,10 @@ from .calibration import calibrate
 from .errors import ConstantInputWarning, ModelError
 from .example import example_input
 from .lazy import initialized, lazy_modules
-from .propagation import Signal, signals
 from .report import Report, compare
 from .rewrite import check_quantizers, rewrite
 from .rules import Plan, Rules, load_rules, match
-from .start import constant_layers
+from .signals import Signal, constant_layers, signals
 from .trace import Traced, copied, structural_copy, trace, unwrapped
 
 RulesLike = str | Path | Mapping[str, Any] | Rules

@@ -17,10 +17,9 @@ from .layers import QConv3d
 from .layers.computed import weights_at_rest
 from .layers.qconv3d import default_pad_value
 from .layers.subclass import own_state
-from .propagation import Signal
 from .quantizations import Identity, Quantization, quantizer
 from .rules import Decision, Plan, Rules
-from .start import OutputStart, input_start, output_start
+from .signals import OutputStart, Signal, input_start, output_start
 from .surgery import operate, surgeries
 from .tables import Quantizer
 

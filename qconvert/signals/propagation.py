@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..functional import is_conv3d, owner_name
+from ..layers.computed import weights_at_rest
+from ..sites import FUNCTIONAL, Site
+from ..trace import Traced
 from .distribution import UNKNOWN, Distribution, mixture
-from .functional import is_conv3d, owner_name
 from .geometry import Size
-from .layers.computed import weights_at_rest
-from .sites import FUNCTIONAL, Site
-from .trace import Traced
-from .transfer import Operation, is_untrained, transfer
+from .norms import is_untrained
+from .operation import Operation
+from .transfer import transfer
 
 USUAL_SIZE = (16, 112, 112)
 """Depth, height and width of a clip that action recognition takes."""

@@ -13,8 +13,8 @@ from models import FunctionalConv, Residual, SharedModule, Unbatched
 from torch import Tensor, nn
 
 from qconvert import trace
-from qconvert.distribution import UNKNOWN
-from qconvert.propagation import Signal, signals
+from qconvert.signals.distribution import UNKNOWN
+from qconvert.signals.propagation import Signal, signals
 
 SIZE = (6, 12, 12)
 MEAN, STD = 0.3, 0.3

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qconvert.geometry import window
+from qconvert.signals.geometry import window
 
 
 def convolved_ones(kernel, stride, padding, dilation, size):

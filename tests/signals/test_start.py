@@ -16,11 +16,11 @@ from torchvision.models.video import r3d_18
 
 import qconvert
 from qconvert import QConv3d
-from qconvert.distribution import UNKNOWN, Distribution
 from qconvert.errors import ConstantInputWarning
-from qconvert.propagation import Signal
 from qconvert.quantizations import quantizer
-from qconvert.start import InputStart, input_start, output_start
+from qconvert.signals.distribution import UNKNOWN, Distribution
+from qconvert.signals.propagation import Signal
+from qconvert.signals.start import InputStart, input_start, output_start
 
 SIGN, FOUR_BITS = quantizer("sign"), quantizer("lsq", bits=4)
 

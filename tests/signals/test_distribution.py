@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qconvert.distribution import POINTS, UNKNOWN, Distribution, mixture
+from qconvert.signals.distribution import POINTS, UNKNOWN, Distribution, mixture
 
 SAMPLES = 200_000
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..layers import QConv3d
+from ..quantizations import Quantization
+from ..rules import Plan
 from .distribution import Distribution
 from .geometry import window
-from .layers import QConv3d
+from .products import bordered, convolved
 from .propagation import Signal
-from .quantizations import Quantization
-from .rules import Plan
-from .transfer import bordered, convolved
 
 _MOST_CHANNELS = 0.5
 """A layer is reported as constant where more than this share of its channels is."""

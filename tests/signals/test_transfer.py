@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
-from qconvert.distribution import POINTS, UNKNOWN, Distribution
-from qconvert.transfer import RULES, Operation, transfer
+from qconvert.signals.distribution import POINTS, UNKNOWN, Distribution
+from qconvert.signals.operation import Operation
+from qconvert.signals.transfer import RULES, transfer
 
 SIZE = (4, 8, 8)
 CLIPS = 64
