@@ -8,7 +8,7 @@ there is none. (Beside trace.py the only file that knows torch.fx.Tracer.)
 import builtins
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -181,11 +181,29 @@ def _written(graph: fx.Graph, given: Mapping[str, Any]) -> list[Any]:
     return lines
 
 
+@contextmanager
+def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what a forward that is traced sets on modules that are the user's own: their mode, a cache."""
+    before = {module: vars(module).copy() for module in modules}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
 def _traced(module: nn.Module, condition: _Condition) -> fx.Graph:
     trial = _trial(module)
     trial.training = condition.training
     before = _state(trial)
-    with preserved_rng(condition.seed), torch.set_grad_enabled(condition.gradients), _types_not_asked():
+    children = [child for child in module.modules() if child is not module]
+    with (
+        preserved_rng(condition.seed),
+        attributes_kept(children),
+        torch.set_grad_enabled(condition.gradients),
+        _types_not_asked(),
+    ):
         graph = _OwnTracer(condition).trace(trial)
     after = _state(trial)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))

@@ -232,10 +232,12 @@ class _Flow:
 
     def _pools_to_one(self, node: fx.Node) -> bool:
         """Whether it is an adaptive pooling to one value, which torch computes as a mean."""
-        argument = node.kwargs.get("output_size", node.args[-1])
+        if self._word(node) != "adaptiveavgpool":
+            return False
+        argument = node.kwargs["output_size"] if "output_size" in node.kwargs else node.args[-1]
         size = getattr(self._module(node), "output_size", argument)
         sizes = size if isinstance(size, (tuple, list)) else (size,)
-        return self._word(node) == "adaptiveavgpool" and all(each == 1 for each in sizes)
+        return all(each == 1 for each in sizes)
 
     def _title(self, node: fx.Node) -> str:
         module = self._module(node)

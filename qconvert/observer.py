@@ -35,7 +35,7 @@ class Observer:
         self.window = layer.activation.gradient_cancellation_threshold or math.inf
         self.calls = self.values = self.nonzero = self.nonfinite = self.inside = 0
         self.positive = torch.zeros(self.channels, dtype=torch.int64)
-        self.lowest = torch.full((self.channels,), math.inf)
+        self.lowest = torch.full((self.channels,), math.inf, dtype=torch.float32)
         self.highest = -self.lowest
         self.expected = expected
         self.outputs: list[Tensor] = []

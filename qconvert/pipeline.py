@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .calibration import calibrate
@@ -73,7 +74,8 @@ def binarize(
     if calibration_data is not None:
         # on a copy that shares only Parameters that it leaves alone: if it fails, nothing has happened to the model
         calibration = calibrate(rewrite(structural_copy(plain), decided, known), decided, calibration_data)
-    converted = rewrite(plain if inplace else copied(plain), decided, known)
+    with torch.inference_mode(mode=False):  # what is made there cannot be trained
+        converted = rewrite(plain if inplace else copied(plain), decided, known)
     inputs = {name: signal.input for name, signal in known.items()}
     if calibration is not None:
         converted.load_state_dict(calibration.state, strict=False)

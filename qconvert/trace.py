@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .alone import NamingTracer
+from .alone import NamingTracer, attributes_kept
 from .errors import ModelError
 from .functional import functional_sites, names_conv3d
 from .inplace import overwrites
@@ -120,9 +120,12 @@ def copied(model: nn.Module, memo: Mapping[int, Any] = MappingProxyType({})) -> 
 
 
 def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    # deepcopy cannot make a buffer that has no size yet
+    lazy = [buffer for buffer in model.buffers() if isinstance(buffer, nn.UninitializedBuffer)]
+    fresh = {id(old): nn.UninitializedBuffer(device=old.device, dtype=old.dtype) for old in lazy}  # type: ignore[call-arg]
     try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        return copy.deepcopy(model, fresh | memo)
+    except Exception as error:  # a user's __deepcopy__ may raise anything; it is named as the cause
         message = f"copy.deepcopy({type(model).__name__}) fails: {type(error).__name__}: {error}"
         raise ModelError(f"{message}. Remove what cannot be copied from the model before the conversion") from error
 
@@ -191,7 +194,8 @@ class _Regions:
         self.opaque: list[Opaque] = []
 
     def trace(self) -> tuple[dict[str, fx.Graph], list[Opaque]]:
-        self._trace("", self.root)
+        with attributes_kept(self.leaves):
+            self._trace("", self.root)
         return self.graphs, self.opaque
 
     def _trace(self, name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torchvision.models.video import r3d_18
 import qconvert
 from qconvert import ModelError, trace
 from qconvert.layers import QConv3d
+from qconvert.trace import copied
 
 
 class Scaled(nn.Conv3d):
@@ -273,3 +274,52 @@ def test_a_forward_put_on_the_instance_is_left_alone():
     conv = model[0]
     conv.forward = lambda x: F.conv3d(x, conv.weight)
     assert trace(model).sites[0].blocker == "its forward was replaced on the instance"
+
+
+class SetsItsNorm(nn.Module):
+    """It sets attributes of a layer of torch's while it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(2, 2, 1)
+        self.norm = nn.BatchNorm3d(2)
+        self.kernel = nn.Parameter(torch.randn(2, 2, 1, 1, 1))
+
+    def forward(self, x):
+        self.norm.eval()
+        self.norm.momentum, self.norm.last = 0.3, x
+        return nn.functional.conv3d(self.norm(self.conv(x)), self.kernel)
+
+
+def test_what_a_forward_sets_on_a_layer_of_torchs_is_put_back():
+    model = SetsItsNorm()
+    trace(model)
+    assert model.norm.training
+    assert model.norm.momentum == 0.1
+    assert not hasattr(model.norm, "last")
+
+
+def test_operations_called_by_keyword_are_looked_at():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(2, 2, 1)
+            self.norm = nn.BatchNorm3d(2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = self.norm(input=y)
+            y += 1
+            return y + z
+
+    (found,) = trace(ByKeyword()).overwrites
+    assert found.obstacle is None
+    assert "BatchNorm3d has read" in found.reason
+
+
+def test_lazy_buffers_are_copied():
+    model = nn.Sequential(nn.LazyConv3d(4, 1), nn.LazyBatchNorm3d())
+    twin = copied(model)
+    assert isinstance(twin[1].running_mean, nn.UninitializedBuffer)
+    assert twin(torch.randn(1, 2, 3, 3, 3)).shape == (1, 4, 3, 3, 3)
+    assert isinstance(model[1].running_mean, nn.UninitializedBuffer)

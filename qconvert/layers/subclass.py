@@ -30,7 +30,7 @@ def quantized_class(base: type[nn.Conv3d], layer: type[Layer]) -> type[Layer]:
 def _derived(base: type[nn.Conv3d], layer: type[nn.Conv3d]) -> type:
     # the class exists only in memory: pickle its instances as "the counterpart of base"
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        return _empty, (base, layer), vars(self)
+        return _empty, (base, layer), self.__getstate__()  # type: ignore[no-untyped-call]
 
     members = {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": f"{base.__name__}, quantized."}
     return types.new_class(f"Q{base.__name__}", (base, layer), exec_body=lambda namespace: namespace.update(members))

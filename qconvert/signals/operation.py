@@ -57,7 +57,7 @@ def is_plain(weight: object) -> bool:
 def as_column(constant: object) -> Tensor | None:
     """Return a number, or a tensor of one value per channel, as a column beside the points."""
     if isinstance(constant, (int, float)):
-        return torch.tensor([[float(constant)]], device="cpu")
+        return torch.tensor([[float(constant)]], dtype=torch.float32, device="cpu")
     if isinstance(constant, Tensor) and not constant.is_meta and constant.numel() == max(constant.shape, default=1):
         return constant.detach().float().cpu().reshape(-1, 1)
     return None

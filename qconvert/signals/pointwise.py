@@ -32,7 +32,7 @@ def prelu(operation: Operation) -> Distribution:
 
 def clamp(operation: Operation) -> Distribution:
     """Each point, clamped."""
-    lowest = torch.full((1, 1), 0.0 if operation.x.nonnegative else torch.finfo().min, device="cpu")
+    lowest = torch.full_like(operation.x.points[:1, :1], 0.0 if operation.x.nonnegative else torch.finfo(torch.float32).min)
     of_lowest = replace(operation, args=(replace(operation.x, points=lowest), *operation.args[1:]))
     certain = bool((elementwise(of_lowest, nonnegative=False).points >= 0).all())
     return elementwise(operation, nonnegative=certain)

@@ -40,7 +40,7 @@ def convolved(
         return sums[0].flatten().cpu(), sums[1].flatten().cpu()
     means, variances = [], []
     parts = torch.split(rows, max(1, _SLICE // max(1, rows.shape[1])))
-    scratch = torch.empty(parts[0].shape, device=rows.device)  # fresh memory for each part's squares costs the most time
+    scratch = torch.empty(parts[0].shape, dtype=torch.float32, device=rows.device)  # fresh memory costs the most time
     for part in parts:
         wide = quantize(part).float()
         means.append(wide @ mean)

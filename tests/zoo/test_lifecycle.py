@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,26 @@ def test_converting_in_two_steps_is_converting_in_one():
     assert binary_layers(halves) == binary_layers(whole)
     assert list(halves.state_dict()) == list(whole.state_dict())
     assert halves(clip()).shape == whole(clip()).shape
+
+
+class Locked(nn.Conv3d):
+    """It holds what can be neither copied nor pickled, and leaves it out of its state."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {key: value for key, value in vars(self).items() if key != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def test_a_subclass_keeps_its_own_way_to_be_pickled():
+    converted = convert(nn.Sequential(Locked(2, 4, 3)))
+    for twin in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):  # noqa: S301 (our own bytes)
+        assert isinstance(twin[0], Locked)
+        assert binary_layers(twin) == ["0"]
+        assert_equal([twin(clip())], [converted(clip())])

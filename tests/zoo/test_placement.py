@@ -127,19 +127,10 @@ def test_a_converted_model_runs_without_gradients(build, rules: Any, mode):
     assert_equal([y], [expected.detach()])
 
 
-_inference = pytest.param(
-    torch.inference_mode,
-    id="inference",
-    marks=pytest.mark.xfail(
-        strict=True, raises=RuntimeError, reason="the copy, and what is added to a layer, are inference tensors for good"
-    ),
-)
-
-
 @every_builder
 @every_rule
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
-@pytest.mark.parametrize("mode", [_inference, pytest.param(torch.no_grad, id="no grad")])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference", "no grad"])
 def test_a_model_that_was_converted_without_gradients_trains(build, rules: Any, mode, inplace: bool):
     model = build()
     expected = convert(copy.deepcopy(model), rules)
