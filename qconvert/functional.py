@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def functional_sites(model: nn.Module, graphs: Mapping[str, fx.Graph]) -> Iterat
         module = model.get_submodule(owner)
         own = own_forward(module)
         found = {node.name: node for graph in own.graphs for node in graph.nodes if is_conv3d(node)}
-        for name in found or names:
+        unseen = [] if own.failure is None else ["conv3d"]  # the code names one, and no graph shows where it is called
+        for name in found or names or unseen:
             yield _site(f"{owner}.{layer_name(module, name)}".removeprefix("."), module, found.get(name), own)
 
 
@@ -58,7 +60,13 @@ def _class_names_conv3d(cls: type[nn.Module]) -> bool:
         return False
     own = [base for base in cls.__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch.")]
     functions = (inspect.unwrap(value) for base in own for value in vars(base).values() if callable(value))
-    return any("conv3d" in function.__code__.co_names for function in functions if hasattr(function, "__code__"))
+    return any(_code_names_conv3d(function.__code__) for function in functions if hasattr(function, "__code__"))
+
+
+def _code_names_conv3d(code: CodeType) -> bool:
+    """Whether the code, or a function inside it, names conv3d."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return "conv3d" in code.co_names or any(map(_code_names_conv3d, inner))
 
 
 def _site(name: str, owner: nn.Module, node: fx.Node | None, own: OwnForward) -> Site:

@@ -323,3 +323,32 @@ def test_lazy_buffers_are_copied():
     assert isinstance(twin[1].running_mean, nn.UninitializedBuffer)
     assert twin(torch.randn(1, 2, 3, 3, 3)).shape == (1, 4, 3, 3, 3)
     assert isinstance(model[1].running_mean, nn.UninitializedBuffer)
+
+
+class ByValue(nn.Module):
+    """Its forward cannot be traced, so no graph shows its functional convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(2, 2, 1)
+        self.kernel = nn.Parameter(torch.randn(2, 2, 1, 1, 1))
+
+    def forward(self, x):
+        y = F.conv3d(x, self.kernel)
+        return self.conv(y) if y.sum() > 0 else y
+
+
+class InALambda(ByValue):
+    """The same, in a function inside the forward."""
+
+    def forward(self, x):
+        convolve = lambda y: F.conv3d(y, self.kernel)  # noqa: E731
+        return self.conv(convolve(x)) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("build", [ByValue, InALambda])
+def test_a_functional_convolution_that_no_graph_shows_is_listed(build):
+    sites = {site.name: site for site in trace(build()).sites}
+    assert sites.keys() == {"conv", "conv3d"}
+    assert sites["conv3d"].kind == "functional conv3d"
+    assert sites["conv3d"].blocker.startswith("its forward cannot be traced on its own (TraceError: ")
