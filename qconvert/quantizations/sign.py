@@ -9,8 +9,8 @@ from .operators import quantizer_operator
 
 def binary(x: Tensor) -> Tensor:
     """Return -1 where x < 0 and +1 elsewhere (0, -0.0 and NaN too), in the dtype of ``x``."""
-    # torch.sign of 0 and of NaN is 0; three passes, and on a CPU an eighth of the time of torch.where
-    return torch.sign(x).add_(0.5).sign_()
+    # torch.sign of 0 and of NaN is 0; three passes, and on a CPU a fraction of the time of torch.where
+    return torch.sign(torch.sign(x) + 0.5)
 
 
 sign = quantizer_operator("sign", binary)

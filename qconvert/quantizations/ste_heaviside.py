@@ -8,7 +8,7 @@ from .operators import quantizer_operator
 
 
 def _ste_heaviside(x: Tensor) -> Tensor:
-    return torch.sign(x).sub_(0.5).sign_()  # torch.sign of 0 and of NaN is 0
+    return torch.sign(torch.sign(x) - 0.5)  # torch.sign of 0 and of NaN is 0
 
 
 def _window(grad_output: Tensor, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ STANDARD_NORMAL = _standard_normal()
 _SHUFFLE = (torch.arange(POINTS, device="cpu") * 15 + 26) % POINTS
 
 
-JUST_ABOVE = 0.1
+_JUST_ABOVE = 0.1
 """Distance from the lowest value that leaves most of the others above, in standard deviations."""
 
 _BALANCED = 0.1
@@ -84,7 +84,7 @@ class Distribution:
         lowest = self.points[:, 0]
         median = self.points[:, POINTS // 2 - 1 : POINTS // 2 + 1].mean(1)
         others = (self.points > lowest[:, None]).sum(1)
-        return torch.where(others > POINTS // 2, median, lowest + JUST_ABOVE * self.spread)
+        return torch.where(others > POINTS // 2, median, lowest + _JUST_ABOVE * self.spread)
 
     @cached_property
     def spread(self) -> Tensor:

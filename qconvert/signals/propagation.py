@@ -67,10 +67,10 @@ def signals(traced: Traced, size: Size = USUAL_SIZE) -> dict[str, Signal]:
     return {
         name: Signal(
             mixture(reads),
-            mixture(now.writes[name]),
-            mixture([mixture(reads), mixture(other.reads[name])], (7, 1)),
+            mixture(evaluation.writes[name]),
+            mixture([mixture(now.reads[name]), mixture(other.reads[name])], (7, 1)),
         )
-        for name, reads in now.reads.items()
+        for name, reads in evaluation.reads.items()
     }
 
 

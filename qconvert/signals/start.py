@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..layers import QConv3d
 from ..quantizations import Quantization
 from ..rules import Plan
-from .distribution import JUST_ABOVE, Distribution
+from .distribution import Distribution
 from .geometry import window
 from .products import bordered, convolved
 from .propagation import Signal
@@ -37,10 +37,9 @@ class OutputStart:
 def input_start(setting: str | float | None, inputs: Quantization, signal: Signal | None) -> InputStart:
     """Return threshold and spread for a rule's setting.
 
-    "channel": the value that splits the channel's values evenly, and their standard deviation, a tenth of which is added
-    where something was assumed; 0 and 1 for a convolution that no graph reaches. "auto": for a quantizer of 1 bit the same,
-    but without a threshold where the input is known to be symmetric about 0; for one of more bits neither. A number or None
-    is the threshold as it stands.
+    "channel": the value that splits the channel's values evenly, and their standard deviation; 0 and 1 for a convolution
+    that no graph reaches. "auto": for a quantizer of 1 bit the same, but without a threshold where the input is known to be
+    symmetric about 0; for one of more bits neither. A number or None is the threshold as it stands.
     """
     if not isinstance(setting, str) or (setting == "auto" and inputs.bit_width > 1):
         return InputStart(None if isinstance(setting, str) else setting, None)
@@ -49,9 +48,7 @@ def input_start(setting: str | float | None, inputs: Quantization, signal: Signa
     read = signal.anytime
     if setting == "auto" and read.is_symmetric:
         return InputStart(None, read.spread)
-    # what was assumed may be wrong: behind a function that is not known the most frequent value may still be a ReLU's zero
-    margin = 0.0 if read.known else JUST_ABOVE * read.spread
-    return InputStart(read.split + margin, read.spread)
+    return InputStart(read.split, read.spread)
 
 
 @torch.no_grad()

@@ -76,41 +76,6 @@ def test_auto_has_no_threshold_for_a_value_that_is_known_to_be_symmetric():
     assert input_start("auto", SIGN, signal(UNKNOWN)).threshold is not None
 
 
-@pytest.mark.parametrize("setting", ["channel", "auto"])
-def test_where_something_was_assumed_a_tenth_of_the_spread_is_added(setting: str):
-    assumed = replace(SHIFTED, known=False)
-    start = input_start(setting, SIGN, signal(assumed))
-    assert start.threshold.tolist() == pytest.approx([0.1, 2.2, -3.7], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "unknown",
-    [lambda x: torch.where(x > 0, x, 0.0), lambda x: x * (x > 0), lambda x: x.relu().flip(2)],
-    ids=["where", "mask", "flip"],
-)
-def test_a_relu_that_the_pass_does_not_know_leaves_no_constant(unknown: Callable[[Tensor], Tensor]):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Sequential(nn.Conv3d(2, 16, 3, padding=1), nn.BatchNorm3d(16))
-            self.conv = nn.Conv3d(16, 16, 3)
-
-        def forward(self, x):
-            return self.conv(unknown(self.stem(x)))
-
-    (layer,) = qconvert.diagnose(qconvert.binarize(Net(), "default", report=False), torch.randn(2, 2, 6, 6, 6)).layers
-    assert 0.2 < layer.positive < 0.8
-    assert layer.constant_channels == 0
-
-
-def test_an_untrained_model_in_training_starts_from_what_it_does_in_training():
-    model = nn.Sequential(nn.Conv3d(2, 16, 3), nn.BatchNorm3d(16), nn.ReLU(), nn.Conv3d(16, 16, 3))
-    nn.init.normal_(model[0].weight, std=1e-3)  # in evaluation, its BatchNorm makes no more of that
-    x = torch.randn(4, 2, 8, 8, 8)
-    converted = qconvert.binarize(model, "default", report=False)
-    assert_close(converted(x).std(), model(x).std(), rtol=0.2, atol=0)
-
-
 def test_another_default_dtype_changes_nothing():
     model = nn.Sequential(nn.Conv3d(2, 16, 3), nn.BatchNorm3d(16), nn.ReLU(), nn.Conv3d(16, 16, 3))
     expected = qconvert.binarize(model, "default", report=False).state_dict()
