@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor, fx, nn
 
-from .alone import IN_PLACE, own_forward
+from .alone import own_forward
 from .functional import owner_name
 from .sites import Overwrite
+from .tracer import IN_PLACE
 
 
 def _words(text: str) -> frozenset[str]:

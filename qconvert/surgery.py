@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from .alone import IN_PLACE, own_graph
+from .alone import own_graph
 from .errors import ModelError
 from .functional import arguments, is_conv3d, layer_for, layer_name
 from .generated import source_of, with_forward
 from .inplace import in_place, twin
 from .rules import Plan
 from .sites import FUNCTIONAL
+from .tracer import IN_PLACE
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Model -> `Traced`: its regions as fx graphs, its convolutions as sites. With alone.py all that knows torch.fx.Tracer.
+"""Model -> `Traced`: its regions as fx graphs, its convolutions as sites. See tracer.py, too.
 
 The graphs are for understanding; the user's own modules go on running (see rewrite.py). So a graph may be partial: where
 a forward cannot be traced, that module becomes one opaque node, and its children are traced on their own.
@@ -18,7 +18,6 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .alone import NamingTracer, attributes_kept
 from .errors import ModelError
 from .functional import functional_sites, names_conv3d
 from .inplace import overwrites
@@ -26,6 +25,7 @@ from .layers import QConv3d_NoAct, obstacle
 from .rng import preserved_rng
 from .roles import RegionGraph, roles_of
 from .sites import Opaque, Overwrite, Site
+from .tracer import NamingTracer, attributes_kept
 
 _LONE = "conv"
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -158,10 +158,9 @@ class _Tracer(NamingTracer):
         # subclasses too: by default fx walks into Conv3DSimple(nn.Conv3d), and the module is gone
         return isinstance(m, nn.Conv3d) or super().is_leaf_module(m, module_qualified_name)
 
-    @classmethod
-    def runs_whole(cls, module: nn.Module, name: str) -> bool:
+    def runs_whole(self, module: nn.Module, name: str) -> bool:
         """Whether no code of the user's runs in the module while it is traced: a container's contents do."""
-        return cls().is_leaf_module(module, name) and not _is_container(module)
+        return self.is_leaf_module(module, name) and not _is_container(module)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)
@@ -189,7 +188,8 @@ class _Regions:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.leaves = {module for name, module in root.named_modules() if _Tracer.runs_whole(module, name)}
+        tracer = _Tracer()
+        self.leaves = {module for name, module in root.named_modules() if tracer.runs_whole(module, name)}
         self.graphs: dict[str, fx.Graph] = {}
         self.opaque: list[Opaque] = []
 

@@ -54,10 +54,10 @@ def bordered(mean: Tensor, variance: Tensor, inside: float, border: float) -> tu
     return padded, inside * (variance + mean**2) + (1 - inside) * border**2 - padded**2
 
 
-def convolution(operation: Operation, position: int = 1) -> Distribution:
+def convolution(operation: Operation) -> Distribution:
     """Normal: a sum of many values."""
-    weight, bias = operation.setting("weight", position), operation.setting("bias", position + 1)
-    groups = operation.setting("groups", position + 5, 1)
+    weight, bias = operation.setting("weight", 1), operation.setting("bias", 2)
+    groups = operation.setting("groups", 6, 1)
     if not is_plain(weight) or not isinstance(groups, int):
         return UNKNOWN
     x = _channels_first(operation.x).wide(weight.shape[1] * groups)

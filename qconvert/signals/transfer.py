@@ -60,14 +60,13 @@ def _table() -> dict[str, Rule]:
     add("pow", power)
     add("prelu", prelu)
     add("softmax", softmax)
-    for name, function, keeps_sign in (
-        ("add", operator.add, True),
-        ("sub", operator.sub, False),
+    for names, function, keeps_sign in (
+        ("add iadd radd", operator.add, True),
+        ("sub isub", operator.sub, False),
         ("rsub", subtracted_from, False),
-        ("mul", operator.mul, True),
-        ("div", operator.truediv, True),
+        ("mul imul rmul", operator.mul, True),
+        ("div truediv itruediv", operator.truediv, True),
     ):
-        names = {"sub": "sub isub", "rsub": "rsub", "div": "div truediv itruediv"}.get(name, f"{name} i{name} r{name}")
         add(names, partial(arithmetic, function=function, keeps_sign=keeps_sign))
     add("batchnorm batchnorm1d batchnorm2d batchnorm3d syncbatchnorm", channel_norm)
     add("instancenorm instancenorm1d instancenorm2d instancenorm3d", channel_norm)
