@@ -30,6 +30,9 @@ _SHUFFLE = (torch.arange(POINTS, device="cpu") * 15 + 26) % POINTS
 _JUST_ABOVE = 0.1
 """Distance from the lowest value that leaves most of the others above, in standard deviations."""
 
+_ABOVE_A_GUESS = 0.01
+"""The same where it is not known that 0 is the lowest value, nor that it is not: next to nothing for any other value."""
+
 _BALANCED = 0.1
 """Largest difference between the shares of values above and below 0 at which they count as balanced."""
 
@@ -63,6 +66,10 @@ class Distribution:
         """How many channels are told apart."""
         return len(self.points)
 
+    def holds_channels(self, dim: object) -> bool:
+        """Whether the dimension, of a tensor (N, C, D, H, W), is the channels'."""
+        return dim in {1: (1, -4), -1: (4, -1)}.get(self.axis, ())
+
     @cached_property
     def mean(self) -> Tensor:
         """The mean of each channel, shape (C,)."""
@@ -79,12 +86,19 @@ class Distribution:
         """The value that splits each channel the most evenly into values below it and values at or above it, shape (C,).
 
         The median; where at least half of the values are the lowest one (the zeros of a ReLU, where a split at 0 would leave
-        nothing below it), a tenth of the standard deviation above that.
+        nothing below it), a tenth of the standard deviation above that. Of a value that is not known, which may have passed
+        a ReLU that is not known either, at least a hundredth of it above 0.
         """
         lowest = self.points[:, 0]
         median = self.points[:, POINTS // 2 - 1 : POINTS // 2 + 1].mean(1)
         others = (self.points > lowest[:, None]).sum(1)
-        return torch.where(others > POINTS // 2, median, lowest + _JUST_ABOVE * self.spread)
+        split = torch.where(others > POINTS // 2, median, lowest + _JUST_ABOVE * self.spread)
+        if self.known:
+            return split
+        # the distance of the quartiles, which a few values far off do not widen
+        middle = self.points[:, 3 * POINTS // 4] - self.points[:, POINTS // 4]
+        guess = _ABOVE_A_GUESS * torch.where(middle > 0, middle, self.spread)
+        return torch.where(self.points[:, -1] > guess, split.maximum(guess), split)
 
     @cached_property
     def spread(self) -> Tensor:

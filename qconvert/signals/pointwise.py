@@ -78,6 +78,17 @@ def _is_along_channels(constant: object, x: Distribution) -> bool:
     return constant.dim() >= from_the_end and constant.shape[-from_the_end] == constant.numel()
 
 
-def softmax(_: Operation) -> Distribution:
-    """Between 0 and 1; how it is spread is not known."""
-    return replace(UNKNOWN.map(torch.sigmoid, nonnegative=True), known=False)
+def softmax(operation: Operation) -> Distribution:
+    """Over the channels ``e^x / (e^x + the mean of the others' sum)``; over other values: between 0 and 1, and no more."""
+    x = operation.x
+    if x.channels == 1 or not x.holds_channels(operation.setting("dim", 1)):
+        return replace(UNKNOWN.map(torch.sigmoid, nonnegative=True), known=False)
+    powers = (x.points - x.points.max()).exp()
+    means = powers.mean(1, keepdim=True)
+    return x.to(powers / (powers + means.sum() - means), nonnegative=True)
+
+
+def extremum(operation: Operation, function: Callable[[Any, Any], Any]) -> Distribution:
+    """The larger, or smaller, of two values; the largest along a dimension is another operation of the same name."""
+    values = [operand for operand in operation.args if isinstance(operand, (Distribution, Tensor))]
+    return arithmetic(operation, function, keeps_sign=True) if len(values) == 2 else UNKNOWN  # noqa: PLR2004

@@ -32,14 +32,14 @@ _LARGEST_CONSTANT = 2**16
 
 @dataclass(frozen=True)
 class Signal:
-    """What is known about one convolution's data.
+    """What is known about one convolution's data, in the mode that the model is in.
 
     Attributes:
         input: what it reads.
         output: what it puts out.
         anytime: what it reads, whether the model trains or not. It differs from ``input`` only behind a BatchNorm that has
             never been trained, which normalises in training and does next to nothing in evaluation: both, and seven times as
-            often what it is in the mode that the model is in.
+            often the first.
     """
 
     input: Distribution
@@ -67,10 +67,10 @@ def signals(traced: Traced, size: Size = USUAL_SIZE) -> dict[str, Signal]:
     return {
         name: Signal(
             mixture(reads),
-            mixture(evaluation.writes[name]),
-            mixture([mixture(now.reads[name]), mixture(other.reads[name])], (7, 1)),
+            mixture(now.writes[name]),
+            mixture([mixture(reads), mixture(other.reads[name])], (7, 1)),
         )
-        for name, reads in evaluation.reads.items()
+        for name, reads in now.reads.items()
     }
 
 

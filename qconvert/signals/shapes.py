@@ -36,6 +36,31 @@ def max_pooling(operation: Operation) -> Distribution:
     return _strided(operation).largest_of(_window(operation) ** 0.75)
 
 
+def adaptive_average_pooling(operation: Operation) -> Distribution:
+    """The mean of the windows that there are of an input of the usual size."""
+    x, number = _adapted(operation)
+    mean = x.mean[:, None]
+    return replace(x, points=mean + (x.points - mean) * number**-0.25)
+
+
+def adaptive_max_pooling(operation: Operation) -> Distribution:
+    """The largest of such a window."""
+    x, number = _adapted(operation)
+    return x.largest_of(number**0.75)
+
+
+def _adapted(operation: Operation) -> tuple[Distribution, float]:
+    """Return the input with the size that an adaptive pooling leaves, and how many values it takes together."""
+    x, size = operation.x, operation.setting("output_size", 1)
+    sizes = (size,) * 3 if isinstance(size, int) or size is None else size
+    if x.size is None or not isinstance(sizes, (tuple, list)) or len(sizes) != len(x.size):
+        return replace(x, size=None), 1.0
+    depth, height, width = (before if after is None else after for before, after in zip(x.size, sizes, strict=True))
+    if not all(isinstance(n, int) for n in (depth, height, width)):
+        return replace(x, size=None), 1.0
+    return replace(x, size=(depth, height, width)), max(1.0, math.prod(x.size) / (depth * height * width))
+
+
 def _strided(operation: Operation) -> Distribution:
     """Return the input with the size that a pooling leaves."""
     x = operation.x
@@ -61,16 +86,11 @@ def cat(operation: Operation) -> Distribution:
     if not isinstance(parts, (tuple, list)) or not parts or not all(isinstance(part, Distribution) for part in parts):
         return UNKNOWN
     joined = mixture(parts)
-    if not _is_channel(dim, joined):
+    if not joined.holds_channels(dim):
         return replace(joined, size=None) if len(parts) > 1 else joined
     if any(part.channels == 1 for part in parts):
         return joined.pooled()
     return replace(joined, points=torch.cat([part.points for part in parts]))
-
-
-def _is_channel(dim: object, x: Distribution) -> bool:
-    """Whether the dimension is the channels', of a tensor (N, C, D, H, W)."""
-    return dim in {1: (1, -4), -1: (4, -1)}.get(x.axis, ())
 
 
 def split(operation: Operation, *, by_size: bool) -> Any:
@@ -81,7 +101,7 @@ def split(operation: Operation, *, by_size: bool) -> Any:
         amount = operation.kwargs[sizes.pop()] if sizes else amount
     else:
         amount = operation.kwargs.get("chunks", amount)
-    if not _is_channel(dim, x):
+    if not x.holds_channels(dim):
         return replace(x, size=None)
     if not isinstance(amount, (int, list, tuple)) or x.channels == 1:
         return x.pooled()
@@ -174,6 +194,16 @@ def transpose(operation: Operation) -> Distribution:
     return _pooled_value(x) if any(suspects) else replace(x)
 
 
+def rearranged(operation: Operation) -> Distribution:
+    """The same values in other places: flip, roll."""
+    x = operation.x
+    dims = operation.setting("dims", 2 if operation.name == "roll" else 1)
+    keeps_channels = dims is not None and not any(
+        map(x.holds_channels, dims if isinstance(dims, (tuple, list)) else (dims,))
+    )
+    return replace(x) if keeps_channels else replace(x.pooled())
+
+
 def pad(operation: Operation) -> Distribution:
     """The same values, but for a border that is below 0."""
     x, mode, value = operation.x, operation.setting("mode", 2, "constant"), operation.setting("value", 3, 0)
@@ -193,11 +223,6 @@ def pad(operation: Operation) -> Distribution:
 def as_it_was(operation: Operation) -> Distribution:
     """The input."""
     return operation.x
-
-
-def pooled_away(operation: Operation) -> Distribution:
-    """The same values, of a size that is not known."""
-    return replace(operation.x, size=None)
 
 
 def pooled(operation: Operation) -> Distribution:

@@ -1,6 +1,7 @@
 """`Distribution`: 32 points against closed formulas and against samples."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,20 @@ class TestSplit:
         dead = relu(Distribution.normal(torch.tensor([-9.0, 0.0]), torch.ones(2)))
         assert dead.std[0] == 0
         assert (dead.split > 0).all()
+
+    @pytest.mark.parametrize("mean", [-1.5, -0.5, 0.0])
+    def test_of_a_guess_is_above_0_where_a_relu_would_leave_nothing_below_it(self, mean: float):
+        guess = replace(Distribution.normal(mean, 1.0), known=False)
+        assert 0 < guess.split.item() < 0.02
+        assert (relu(guess).points >= guess.split[:, None]).any()
+
+    def test_of_a_guess_is_its_median_elsewhere(self):
+        guess = replace(Distribution.normal(torch.tensor([0.5, 4.0, -4.0]), torch.ones(3)), known=False)
+        assert guess.split.tolist() == pytest.approx([0.5, 4.0, -4.0], abs=1e-5)
+
+    def test_of_a_guess_a_few_values_far_off_do_not_move_it(self):
+        near, far = Distribution.normal(0.0, 0.01), Distribution.normal(0.0, 10.0)
+        assert replace(mixture([near, far], (7, 1)), known=False).split.item() < 0.001
 
     def test_of_a_constant_is_above_it(self):
         assert constant(0.0).split.item() == pytest.approx(0.1)

@@ -196,6 +196,12 @@ def arithmetic(
     return cases + [Case(function, (start, x), **tolerance) for start in (2.0, -1.0, COLUMN)]
 
 
+def extremum(function: Any) -> list[Case]:
+    """Return the larger or smaller of two values, of a value and itself negated, of a value and one per channel."""
+    pairs = [(NORMAL, OTHER), (RECTIFIED, POSITIVE), (NORMAL, POOLED), (NORMAL, COLUMN), (RECTIFIED, torch.zeros(1))]
+    return [Case(function, pair, mean=0.08, std=0.1) for pair in pairs]
+
+
 def in_place(name: str, divisor: Distribution = OTHER) -> list[Case]:
     function = getattr(operator, name)
     return [Case(function, pair, mean=0.08, std=HEAVY) for pair in ((NORMAL, divisor), (NORMAL, 2.0), (RECTIFIED, COLUMN))]
@@ -275,8 +281,7 @@ def pooling(name: str, rank: int, *, largest: bool) -> list[Case]:
         2: (4, (1, 2) if largest else (2, 2), (16, 32)),
         3: ((1, 4, 4), (1, 1, 2) if largest else (1, 2, 2), (4, 16, 16)),
     }[rank]
-    # the points end at the quantile 1 - 1 / 64, of the largest value too
-    settings = {"shape": shape, "equal": equal} | ({"mean": 0.1, "std": 0.1} if largest else {})
+    settings = {"shape": shape, "equal": equal} | (LARGEST if largest else {})
     inputs = [changed(x, size=shape if rank == 3 else None) for x in (NORMAL, RECTIFIED, POOLED)]
     cases = [Case(getattr(nn, kind)(kernel), (x,), **settings) for x in inputs]
     cases += [Case(getattr(F, name), (x, kernel), **settings) for x in inputs[:1]]
@@ -291,11 +296,31 @@ def pooling(name: str, rank: int, *, largest: bool) -> list[Case]:
 
 
 def adaptive(kind: type[nn.Module], function: Callable[..., Any], rank: int) -> list[Case]:
-    """To the size that it has, and to one value: of that the mean, for an average."""
+    """To the size that it has, to windows of which as many values differ as the rule says, and to one value."""
     shape = SIZE[3 - rank :] if rank > 1 else (64,)
     size = shape if rank > 1 else shape[0]
     cases = [Case(kind(size), (RECTIFIED,), shape=shape), Case(function, (NORMAL, size), shape=shape)]
-    return cases + ([Case(kind(1), shape=shape, mean=1.5, std=None)] if "Avg" in kind.__name__ else [])
+    if rank < 3:
+        # how many values it takes together is only known of a volume
+        return cases + ([Case(kind(1), shape=shape, mean=1.5, std=None)] if "Avg" in kind.__name__ else [])
+    is_mean = "Avg" in kind.__name__
+    x, y = (changed(value, size=(4, 16, 16)) for value in (NORMAL, RECTIFIED))
+    settings = {"shape": (4, 16, 16), "equal": (1, 2, 2) if is_mean else (1, 1, 2)} | ({} if is_mean else LARGEST)
+    return [
+        *cases,
+        *(Case(kind((4, 4, 4)), (value,), **settings) for value in (x, y)),
+        Case(kind((None, 4, 4)), (x,), **settings),
+        Case(function, (x,), {"output_size": (4, 4, 4)}, **settings),
+        # of one value for each clip: the size, and a mean that is about right
+        *(
+            Case(call, args, mean=1.5 if is_mean else None, std=None)
+            for call, args in ((kind(1), (NORMAL,)), (function, (NORMAL, 1)))
+        ),
+    ]
+
+
+LARGEST = {"mean": 0.1, "std": 0.1}
+"""The points end at the quantile 1 - 1 / 64, of the largest value too."""
 
 
 def kept(*names: str, **kwargs: Any) -> dict[str, list[Case]]:
@@ -384,10 +409,24 @@ CASES: dict[str, list[Case]] = {
     + [Case(operator.pow, (NORMAL, 2)), Case(torch.pow, (NORMAL,), {"exponent": 2.0})],
     "prelu": [Case(nn.PReLU(init=0.3), (x,)) for x in (NORMAL, RECTIFIED)]
     + [Case(F.prelu, (x, torch.tensor([0.1, 2.0, -1.0, 0.5]))) for x in (NORMAL, RECTIFIED, POOLED)],
+    "zeroslike": every("zeros_like", method=False),
+    "oneslike": every("ones_like", method=False),
+    "threshold": [*every("threshold", 0.0, 0.0, method=False), Case(nn.Threshold(0.5, -1.0), (NORMAL,))],
+    "maximum": extremum(torch.maximum),
+    "minimum": extremum(torch.minimum),
+    "max": [*extremum(torch.max), *extremum("max")],
+    "min": [*extremum(torch.min), *extremum("min")],
+    "logaddexp": extremum(torch.logaddexp),
     "softmax": [
+        Case(call, (x, *args), mean=0.1, std=0.15)
+        for x, dims in ((CENTRED, (1, -4)), (told(CENTRED, axis=-1), (4, -1)))
+        for dim in dims
+        for call, args in ((nn.Softmax(dim), ()), (F.softmax, (dim,)), ("softmax", (dim,)))
+    ]
+    + [
         Case(call, (x, *args), mean=None, std=None)
         for x in (NORMAL, RECTIFIED)
-        for call, args in ((nn.Softmax(1), ()), (F.softmax, (1,)), ("softmax", (-1,)))
+        for call, args in ((nn.Softmax(2), ()), (F.softmax, (3,)), ("softmax", (-1,)))
     ],
     "add": [*arithmetic(operator.add, "add"), Case(torch.add, TWO)],
     "sub": [*arithmetic(operator.sub, "sub"), Case(torch.sub, TWO)],
@@ -460,7 +499,13 @@ CASES: dict[str, list[Case]] = {
     "adaptiveavgpool1d": adaptive(nn.AdaptiveAvgPool1d, F.adaptive_avg_pool1d, 1),
     "adaptiveavgpool2d": adaptive(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, 2),
     "adaptiveavgpool3d": adaptive(nn.AdaptiveAvgPool3d, F.adaptive_avg_pool3d, 3),
+    "adaptivemaxpool1d": adaptive(nn.AdaptiveMaxPool1d, F.adaptive_max_pool1d, 1),
+    "adaptivemaxpool2d": adaptive(nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d, 2),
     "adaptivemaxpool3d": adaptive(nn.AdaptiveMaxPool3d, F.adaptive_max_pool3d, 3),
+    "flip": [Case("flip", (x, dims)) for x in (NORMAL, RECTIFIED) for dims in ((2,), (1, 3), [-1])]
+    + [Case(torch.flip, (LAST,), {"dims": (1,)}), Case(torch.flip, (LAST, (4,)))],
+    "roll": [Case("roll", (x, 1, dims)) for x in (NORMAL, RECTIFIED) for dims in (2, (1,), -1)]
+    + [Case(torch.roll, (NORMAL, 1), mean=0.1, std=0.1), Case(torch.roll, (NORMAL,), {"shifts": 1, "dims": 1})],
     "cat": concatenation(torch.cat),
     "concat": concatenation(torch.concat),
     "concatenate": concatenation(torch.concatenate),
@@ -733,7 +778,11 @@ def test_what_is_cut_off_or_squared_is_not_negative(call: Any, args: tuple, cert
         ("cat", (NORMAL,)),
         ("getitem", ((NORMAL, OTHER), 2)),
         ("getitem", (OTHER.mean, NORMAL)),
-        ("softmax", (NORMAL, 1)),
+        ("softmax", (NORMAL, 2)),
+        ("softmax", (POOLED, 1)),
+        ("max", (NORMAL, 1)),
+        ("min", (NORMAL,)),
+        ("where", (NORMAL, NORMAL, 0.0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
