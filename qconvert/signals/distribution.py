@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,7 +118,7 @@ class Distribution:
         if not math.isfinite(points.sum()):
             return replace(UNKNOWN, nonnegative=nonnegative, size=self.size)
         if (points[:, 1:] < points[:, :-1]).any():  # looking is quicker than sorting, and most functions keep the order
-            points = points.sort(1).values
+            points = _ascending(points)
         return replace(self, points=points, nonnegative=nonnegative)
 
     def map(self, function: Callable[[Tensor], Tensor], *, nonnegative: bool) -> "Distribution":
@@ -134,7 +135,7 @@ class Distribution:
         """Return the distribution over all channels."""
         if self.channels == 1:
             return self
-        values = self.points.flatten().sort().values.view(POINTS, -1)
+        values = _ascending(self.points.flatten()).view(POINTS, -1)
         return replace(self, points=values[None, :, self.channels // 2])
 
     def aligned(self, other: "Distribution") -> tuple["Distribution", "Distribution"]:
@@ -172,6 +173,11 @@ class Distribution:
         return replace(self, points=torch.lerp(self.points[:, below], self.points[:, above], place - below))
 
 
+def _ascending(values: Tensor) -> Tensor:
+    """Return the values sorted along the last dimension: numpy's sort is several times as quick as torch's."""
+    return torch.from_numpy(np.sort(values.numpy()))
+
+
 def _norm(centred: Tensor, varies: Tensor) -> Tensor:
     """Return the standard deviation of rows around 0, shape (rows, 1), 0 where nothing varies. Quicker than torch.std."""
     norm: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
@@ -188,7 +194,9 @@ def mixture(parts: Sequence[Distribution], weights: Sequence[float] | None = Non
         return parts[0]
     channels = {part.channels for part in parts}
     same = [part.wide(max(channels)) if len(channels - {1}) <= 1 else part.pooled() for part in parts]
-    points, order = torch.cat([part.points for part in same], 1).sort(1)
+    points = torch.cat([part.points for part in same], 1)
+    order = torch.from_numpy(np.argsort(points.numpy()))
+    points = points.gather(1, order)
     shares = torch.tensor(weights or [1.0] * len(parts), dtype=torch.float64, device="cpu")
     mass = (shares / shares.sum()).repeat_interleave(POINTS)[order] / POINTS
     quantiles = ((torch.arange(POINTS, dtype=torch.float64, device="cpu") + 0.5) / POINTS).expand(len(points), POINTS)

@@ -6,6 +6,7 @@ a module cannot be traced, its children are taken in the order in which they are
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -37,14 +38,18 @@ class Signal:
     Attributes:
         input: what it reads.
         output: what it puts out.
-        anytime: what it reads, whether the model trains or not. It differs from ``input`` only behind a BatchNorm that has
-            never been trained, which normalises in training and does next to nothing in evaluation: both, and seven times as
-            often the first.
+        otherwise: what it reads in the other mode, if that differs: behind a BatchNorm that has never been trained, which
+            normalises in training and does next to nothing in evaluation.
     """
 
     input: Distribution
     output: Distribution
-    anytime: Distribution
+    otherwise: Distribution | None = None
+
+    @cached_property
+    def anytime(self) -> Distribution:
+        """What it reads, whether the model trains or not: seven times as often what it is in the mode that it is in."""
+        return self.input if self.otherwise is None else mixture([self.input, self.otherwise], (7, 1))
 
 
 @torch.no_grad()
@@ -55,21 +60,13 @@ def signals(traced: Traced, size: Size = USUAL_SIZE) -> dict[str, Signal]:
         traced: the model.
         size: depth, height and width of the model's input. It says how much of what a convolution reads is border.
     """
-    size_of_input = replace(UNKNOWN, size=size)
+    modes = [traced.model.training]
+    if any(map(is_untrained, traced.model.modules())):
+        modes.append(not traced.model.training)
     with weights_at_rest(traced.model):
-        evaluation = _Walk(traced, training=False)
-        evaluation.enter("", (size_of_input,))
-        now = other = evaluation
-        if any(map(is_untrained, traced.model.modules())):
-            training = _Walk(traced, training=True)
-            training.enter("", (size_of_input,))
-            now, other = (training, evaluation) if traced.model.training else (evaluation, training)
+        now, *other = (_Walk(traced, training, size) for training in modes)
     return {
-        name: Signal(
-            mixture(reads),
-            mixture(now.writes[name]),
-            mixture([mixture(reads), mixture(other.reads[name])], (7, 1)),
-        )
+        name: Signal(mixture(reads), mixture(now.writes[name]), *(mixture(walk.reads[name]) for walk in other))
         for name, reads in now.reads.items()
     }
 
@@ -77,7 +74,7 @@ def signals(traced: Traced, size: Size = USUAL_SIZE) -> dict[str, Signal]:
 class _Walk:
     """One walk over the model, in the order of its data."""
 
-    def __init__(self, traced: Traced, training: bool) -> None:
+    def __init__(self, traced: Traced, training: bool, size: Size) -> None:
         self.graphs = traced.graphs
         self.training = training
         self.modules = dict(traced.model.named_modules(remove_duplicate=False))
@@ -88,6 +85,7 @@ class _Walk:
                 self.functional.setdefault(site.name.rpartition(".")[0], []).append(site)
         self.reads: dict[str, list[Distribution]] = {}
         self.writes: dict[str, list[Distribution]] = {}
+        self.enter("", (replace(UNKNOWN, size=size),))
 
     def enter(self, name: str, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """Return what the module of that name makes of the inputs."""

@@ -26,8 +26,8 @@ from qconvert.signals.start import InputStart, input_start, output_start
 SIGN, FOUR_BITS = quantizer("sign"), quantizer("lsq", bits=4)
 
 
-def signal(x: Distribution, anytime: Distribution | None = None) -> Signal:
-    return Signal(x, x, x if anytime is None else anytime)
+def signal(x: Distribution, otherwise: Distribution | None = None) -> Signal:
+    return Signal(x, x, otherwise)
 
 
 SYMMETRIC = Distribution.normal(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]))
@@ -101,9 +101,12 @@ def test_where_nothing_is_known_it_is_0_and_1(setting: str):
 
 
 def test_a_threshold_is_of_what_is_read_at_any_time():
-    start = input_start("auto", SIGN, signal(SYMMETRIC, anytime=SHIFTED))
-    assert start.threshold.tolist() == pytest.approx([0.0, 2.0, -4.0], abs=1e-5)
-    assert input_start("auto", SIGN, signal(SHIFTED, anytime=SYMMETRIC)).threshold is None
+    far = Distribution.normal(torch.full((3,), 50.0))
+    start = input_start("auto", SIGN, signal(SYMMETRIC, otherwise=far))
+    # 4 of 7 parts of the nearer values are below it
+    expected = torch.special.ndtri(torch.tensor(4 / 7)) * torch.tensor([1.0, 2.0, 3.0])
+    assert_close(start.threshold, expected, rtol=0.1, atol=0)
+    assert (start.spread > 10).all()
 
 
 # --- output_start ---
@@ -186,7 +189,7 @@ def test_the_border_is_counted(pad_value: float):
     conv, x = nn.Conv3d(64, 16, 1, padding=1), torch.randn(512, 64, 2, 2, 2)
     output = conv(x).detach().transpose(0, 1).flatten(1)
     read = replace(Distribution.normal(torch.zeros(64)), size=(2, 2, 2))
-    known = Signal(read, Distribution.normal(output.mean(1), output.std(1)), read)
+    known = Signal(read, Distribution.normal(output.mean(1), output.std(1)))
     start = output_start(conv, SIGN, quantizer("sign"), pad_value, InputStart(None, None), known)
     padded = nn.functional.pad(torch.where(x < 0, -1.0, 1.0), (1,) * 6, value=pad_value)
     raw = nn.functional.conv3d(padded, torch.where(conv.weight < 0, -1.0, 1.0)).detach().transpose(0, 1).flatten(1)
@@ -198,7 +201,7 @@ def test_the_border_is_counted(pad_value: float):
 
 def test_a_border_that_repeats_values_is_none():
     read = replace(Distribution.normal(torch.ones(4)), size=(2, 2, 2))
-    known = Signal(read, Distribution.normal(torch.zeros(3)), read)
+    known = Signal(read, Distribution.normal(torch.zeros(3)))
     repeated = nn.Conv3d(4, 3, 3, padding=1, padding_mode="replicate")
     without, zeros = (nn.Conv3d(4, 3, 3, padding=padding) for padding in (0, 1))
     for conv in (without, zeros):
@@ -223,7 +226,7 @@ def test_a_channel_that_would_be_constant_keeps_the_fit_to_its_weights():
     """Its input is never below the threshold: no scale gives the output a spread."""
     conv = nn.Conv3d(3, 2, 1, bias=False)
     rectified = SHIFTED.map(torch.relu, nonnegative=True)
-    known = Signal(rectified, Distribution.normal(torch.zeros(2), torch.ones(2)), rectified)
+    known = Signal(rectified, Distribution.normal(torch.zeros(2), torch.ones(2)))
     start = output_start(conv, SIGN, quantizer("sign"), -1.0, InputStart(None, None), known)
     assert_close(start.scale, conv.weight.detach().abs().mean((1, 2, 3, 4)))
     assert start.offset.tolist() == [0.0, 0.0]
