@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .errors import InputError, QConvertError
 from .example import FORMS, arguments, copied_inputs, described, refused
 from .layers import QActivation, QConv3d
+from .layers.qconv3d import per_channel
 from .observer import make_float
 from .rules import Plan
 from .signals import POINTS, Distribution, mixture
@@ -82,8 +83,7 @@ class _Layer:
         constant = 0.0 if bias is None else bias
         layer.offset.copy_(self.float_output.mean - constant - layer.scale * self.raw_output.mean)
         # bit for bit what the layer will put out: the next threshold is one of these values
-        corrected = output * layer.scale.view(-1, 1, 1, 1) + layer.offset.view(-1, 1, 1, 1)
-        return corrected if bias is None else corrected + bias.view(-1, 1, 1, 1)
+        return per_channel(output, layer.scale, layer.offset, bias)
 
     def _read(self, activation: QActivation, values: Tensor) -> None:
         self.parts.append((values.shape[1], _measured(values)))

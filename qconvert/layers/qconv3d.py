@@ -42,6 +42,16 @@ def conv3d(
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
+def per_channel(output: Tensor, scale: Tensor | None, *summands: Tensor | None) -> Tensor:
+    """Return the output of a convolution times the scale plus the summands, each of shape (O,) or None for none."""
+    if scale is not None:
+        output = output * scale.view(-1, 1, 1, 1)
+    for summand in summands:
+        if summand is not None:
+            output = output + summand.view(-1, 1, 1, 1)
+    return output
+
+
 def _padding_amounts(padding: str | Size, weight: Tensor, dilation: Size) -> list[int]:
     """Return (left W, right W, left H, right H, left D, right D), the order of F.pad, in values."""
     if padding == "valid":
@@ -219,20 +229,15 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         # here, not in forward: a subclass may end in super().forward(x) or in self._conv_forward(x, weight, bias)
         quantized = self._weight_quantize(weight)
         # with float weights there is no exact integer sum to keep apart from the bias: leave it to the convolution
-        inner_bias = bias if isinstance(self._weight_quantize, Identity) and self.scale is None else None
+        is_float = isinstance(self._weight_quantize, Identity) and self.scale is None
+        inner_bias, outer_bias = (bias, None) if is_float else (None, bias)
         padding: str | Size = self.padding
         if self.padding_mode != "zeros":
             input, padding = self._apply_padding(input), 0  # noqa: A001
         output = conv3d(
             input, quantized, inner_bias, self.stride, padding, self.dilation, self.groups, pad_value=self.pad_value
         )
-        if self.scale is not None:
-            output = output * self.scale.view(-1, 1, 1, 1)
-        if self.offset is not None:
-            output = output + self.offset.view(-1, 1, 1, 1)
-        if bias is not None and inner_bias is None:
-            output = output + bias.view(-1, 1, 1, 1)
-        return output
+        return per_channel(output, self.scale, self.offset, outer_bias)
 
     def extra_repr(self) -> str:
         """Show Conv3d's arguments, the border value, and whether there are a scale and an offset."""
