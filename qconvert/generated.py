@@ -1,7 +1,6 @@
 """A module's class with another forward: one that the graph spells out as Python source.
 
-Such a class exists only in memory. What is pickled is the recipe: the class that it derives from, the source, and where
-what the source names is imported from.
+What is pickled of it is the class that it derives from, the source, and where what the source names is imported from.
 """
 
 import importlib
@@ -9,12 +8,14 @@ import linecache
 import math
 import types
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 from zlib import crc32
 
 import torch
 from torch import fx, nn
+
+from .derived import derived
 
 _ALWAYS = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan, "NoneType": type(None)}
 """What fx writes without saying where it comes from."""
@@ -73,38 +74,27 @@ def _found(module: str, path: str) -> Any:
 
 
 def with_forward(module: nn.Module, source: Source) -> type[nn.Module]:
-    """Return the class that is the module's in everything but the forward, which is the source's."""
-    cls = type(module)
-    return _derived(vars(cls).get(_BASE, cls), source)
+    """Return the class that is the module's in everything but the forward, which is the source's.
+
+    Raises:
+        ModelError: if the module's class cannot be derived from.
+    """
+    base = type(module)
+    cls: type[nn.Module] = _counterpart(vars(base).get(_BASE, base), source)
+    return cls
 
 
 _BASE = "_qconvert_base"
 """The attribute in which a class with another forward keeps the user's own: a second rewriting derives from that, too."""
 
-_classes: dict[tuple[type[nn.Module], Source], type[nn.Module]] = {}
 
-
-def _derived(base: type[nn.Module], source: Source) -> type[nn.Module]:
-    if (base, source) not in _classes:
-        _classes[base, source] = _new_class(base, source)
-    return _classes[base, source]
-
-
-def _new_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
-    def reduced(self: Any, protocol: object) -> tuple[Any, ...]:
-        return _empty, (base, source), self.__getstate__()
-
+@cache
+def _counterpart(base: type[nn.Module], source: Source) -> Any:
     members = {
         "forward": source.function(f"<{base.__qualname__}.forward, rewritten by qconvert, {crc32(source.text.encode()):x}>"),
-        "__reduce_ex__": reduced,
         _BASE: base,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(members))
-
-
-def _empty(base: type[nn.Module], source: Source) -> nn.Module:
-    cls = _derived(base, source)
-    return cls.__new__(cls)
+    return derived(base.__name__, (base,), members, (_counterpart, base, source))
