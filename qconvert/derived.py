@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .errors import ModelError
 
@@ -48,3 +49,16 @@ def _new(name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
 def _empty(make: Callable[..., Any], *arguments: Any) -> Any:
     cls = make(*arguments)
     return cls.__new__(cls)
+
+
+def below_parametrizations(module: nn.Module, change: Callable[[Any], Any]) -> Any:
+    """Return what the function makes of the module's class; of a parametrized module, with its parametrizations on top.
+
+    torch.nn.utils.parametrize gives such a module a class of its own, adds properties there, deletes them there, and goes
+    back to that class's first base in the end.
+    """
+    top = type(module)
+    if not (parametrize.is_parametrized(module) and top.__module__ == parametrize.__name__):
+        return change(top)
+    below = change(top.__bases__[0])
+    return _new(f"Parametrized{below.__name__}", (below,), dict(vars(top)))

@@ -3,6 +3,7 @@
 What is pickled of it is the class that it derives from, the source, and where what the source names is imported from.
 """
 
+import copy
 import importlib
 import linecache
 import math
@@ -15,7 +16,7 @@ from zlib import crc32
 import torch
 from torch import fx, nn
 
-from .derived import derived
+from .derived import below_parametrizations, derived
 
 _ALWAYS = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan, "NoneType": type(None)}
 """What fx writes without saying where it comes from."""
@@ -47,13 +48,23 @@ def source_of(graph: fx.Graph) -> Source:
     Raises:
         ImportError: if it calls something that cannot be found by its name.
     """
+    graph = copy.deepcopy(graph)
     for node in graph.nodes:
         node.type = None  # annotations name types from anywhere
+        if node.op == "call_module":
+            _read_by_name(node)
     code = graph.python_code("self")
     names = sorted(name for name in code.globals if name not in _ALWAYS)
     source = Source(code.src, tuple((name, *_place(code.globals[name])) for name in names))
     source.function("<trial>")
     return source
+
+
+def _read_by_name(node: fx.Node) -> None:
+    """Let what is parametrized be read as in the user's forward: the parametrization may be removed."""
+    owner, parametrized, name = f".{node.target}".rpartition(".parametrizations.")
+    if parametrized:
+        node.op, node.target = "get_attr", f"{owner}.{name}"[1:]
 
 
 def _place(value: Any) -> tuple[str, str]:
@@ -79,8 +90,7 @@ def with_forward(module: nn.Module, source: Source) -> type[nn.Module]:
     Raises:
         ModelError: if the module's class cannot be derived from.
     """
-    base = type(module)
-    cls: type[nn.Module] = _counterpart(vars(base).get(_BASE, base), source)
+    cls: type[nn.Module] = below_parametrizations(module, lambda below: _counterpart(vars(below).get(_BASE, below), source))
     return cls
 
 

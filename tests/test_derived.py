@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from models import SpectralNormed, WeightNormed
 from small import CHANNELS, binary_layers, clip, convert
 from torch import nn
+from torch.nn.utils import parametrize
+from torchvision.models.video.resnet import Conv3DSimple
 
 import qconvert
 from qconvert import ModelError, QConv3d
@@ -184,3 +187,126 @@ def test_where_a_metaclass_refuses_the_error_says_where(base: Any, place: str):
     with pytest.raises(ModelError, match=message):
         qconvert.binarize(model, CHANNELS, inplace=True, report=False)
     assert [type(module) for module in model.modules()] == kinds
+
+
+# --- parametrizations that come and go ---
+
+BUILDERS = {"weight_norm": WeightNormed, "spectral_norm": SpectralNormed}
+every_parametrized = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+
+
+class Subclass(nn.Conv3d):
+    """Its counterpart is a class of its own."""
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def right_inverse(self, x):
+        return x / 2
+
+
+@every_parametrized
+@pytest.mark.parametrize("inplace", [True, False], ids=["inplace", "copy"])
+def test_a_parametrization_is_removed_after_a_conversion(build: Any, inplace: bool):
+    model = build().eval()
+    converted = convert(model, inplace=inplace)
+    expected = converted(clip())
+    parametrize.remove_parametrizations(converted.conv, "weight")
+    assert type(converted.conv) is QConv3d
+    assert torch.allclose(converted(clip()), expected)
+    if build is WeightNormed:
+        converted.conv._load_state_dict_pre_hooks.clear()  # weight_norm leaves one behind that torch cannot pickle
+    for twin in copies(converted):
+        assert torch.equal(twin(clip()), converted(clip()))
+    if not inplace:  # the one that came in has its own still
+        parametrize.remove_parametrizations(model.conv, "weight")
+        assert type(model.conv) is nn.Conv3d
+
+
+def test_a_parametrization_of_a_subclass_is_removed_after_a_conversion():
+    model = nn.Sequential(parametrize.register_parametrization(Conv3DSimple(2, 4), "weight", Doubled())).eval()
+    converted = convert(model)
+    expected = converted(clip())
+    assert isinstance(converted[0], Conv3DSimple)
+    parametrize.remove_parametrizations(converted[0], "weight")
+    assert type(converted[0]) is type(convert(nn.Sequential(Conv3DSimple(2, 4)))[0])
+    assert torch.equal(converted(clip()), expected)
+
+
+def test_the_weight_below_a_parametrization_comes_back():
+    conv = nn.Conv3d(2, 4, 3)
+    weight = conv.weight
+    layer = QConv3d.from_float(parametrize.register_parametrization(conv, "weight", Doubled()))
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    assert layer.weight is weight
+
+
+def test_models_converted_from_one_lose_a_parametrization_apart():
+    model = WeightNormed().eval()
+    first, second = convert(model), convert(model)
+    parametrize.remove_parametrizations(first.conv, "weight")
+    assert torch.equal(second(clip()), convert(model)(clip()))
+    parametrize.register_parametrization(second.conv, "bias", Doubled())
+    assert not parametrize.is_parametrized(model.conv, "bias")
+    assert isinstance(model.conv.bias, nn.Parameter)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Conv3d(2, 4, 3), lambda: Subclass(2, 4, 3), lambda: WeightNormed().conv])
+@pytest.mark.parametrize("name", ["weight", "bias", "scale"])
+def test_a_parametrization_comes_and_goes_after_a_conversion(build: Any, name: str):
+    layer = convert(nn.Sequential(build()).eval())[0]
+    kind, expected = type(layer), layer(clip())
+    is_new = not parametrize.is_parametrized(layer)
+    parametrize.register_parametrization(layer, name, Doubled())  # of half the weight; a weight norm's twice has its signs
+    for twin in (layer, copy.deepcopy(layer)):
+        assert isinstance(twin, QConv3d)
+        torch.testing.assert_close(twin(clip()), expected)
+    parametrize.remove_parametrizations(layer, name)
+    assert parametrize.is_parametrized(layer) or type(layer) is (kind if is_new else QConv3d)
+    for twin in (layer, copy.deepcopy(layer)):
+        assert isinstance(twin, QConv3d)
+        torch.testing.assert_close(twin(clip()), expected)
+
+
+class Shifted(Functional):
+    """Its kernel is a Parameter, and what it adds is parametrized."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(()))
+        parametrize.register_parametrization(self, "shift", Doubled())
+
+    def forward(self, x):
+        return F.conv3d(x, self.kernel) + self.shift
+
+
+def test_a_rewritten_module_can_lose_its_parametrization():
+    model = Shifted().eval()
+    converted = convert(model)
+    assert binary_layers(converted) == ["conv3d"]
+    expected = converted(clip())
+    parametrize.remove_parametrizations(converted, "shift")
+    assert type(converted) is not type(model)
+    assert isinstance(converted, Shifted)
+    assert torch.equal(converted(clip()), expected)
+    for twin in copies(converted):
+        assert torch.equal(twin(clip()), expected)
+    assert parametrize.is_parametrized(model, "shift")
+    assert model.shift == 1
+
+
+def test_a_rewritten_module_can_be_parametrized():
+    converted = convert(Functional().eval())
+    kind = type(converted)
+    parametrize.register_parametrization(converted, "kernel", Doubled())
+    expected = converted(clip())
+    parametrize.remove_parametrizations(converted, "kernel")
+    assert type(converted) is kind
+    assert torch.equal(converted(clip()), expected)
+
+
+def test_a_parametrized_layer_is_pickled_as_torch_has_it():
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(convert(WeightNormed()))

@@ -1,11 +1,13 @@
 """`QConv3d` and `QConv3d_NoAct`: 3D convolution with quantized weights and inputs."""
 
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor, nn
 
+from ..derived import below_parametrizations
 from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
 from .computed import is_trained
@@ -159,7 +161,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         hindrance = None if isinstance(conv, QConv3d_NoAct) else obstacle(conv)
         if hindrance is not None:
             raise ModelError(f"this {type(conv).__name__} cannot be quantized: {hindrance}")
-        layer_class: type[Self] = quantized_class(type(conv), cls)
+        layer_class: type[Self] = below_parametrizations(conv, partial(quantized_class, layer=cls))
         layer = layer_class.__new__(layer_class)
         vars(layer).update(own_state(conv))
         layer._quantize(**settings)
