@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import InputError, QConvertError
-from .example import FORMS, arguments, copied_inputs, described, refused
+from .example import FORMS, arguments, copied_inputs, described, is_array, refused
 from .layers import QActivation, QConv3d
 from .layers.qconv3d import per_channel
 from .observer import make_float
@@ -180,7 +180,7 @@ def _check_batches(batches: Any) -> None:
     if isinstance(batches, str) or not isinstance(batches, Iterable):
         raise InputError(f"calibration_data is no iterable of batches but {described(batches)}: {advice}")
     # iterating over them gives clips, keys or single arguments, on which a model may even run
-    if isinstance(batches, (Mapping, tuple)) or hasattr(batches, "shape"):
+    if isinstance(batches, (Mapping, tuple)) or is_array(batches):
         several = ". If its items are the batches, pass list(x)" if isinstance(batches, tuple) else ""
         raise InputError(f"calibration_data is one batch, {described(batches)}: {advice}{several}")
 

@@ -70,9 +70,14 @@ def described(value: Any) -> str:
     return _BRIEF.repr(value)
 
 
+def is_array(value: Any) -> bool:
+    """Return whether the value is a tensor, or an array of another library."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
 class _Brief(reprlib.Repr):
     def repr_instance(self, x: Any, level: int) -> str:
-        if hasattr(x, "shape") and hasattr(x, "dtype"):
+        if is_array(x):
             kind = "" if isinstance(x, Tensor) else f"{type(x).__name__} "
             return f"{kind}{tuple(x.shape)} {x.dtype}"
         if isinstance(x, Mapping):
