@@ -62,7 +62,8 @@ def does_not_run(model: nn.Module, inputs: Any, error: Exception) -> str:
 
 def refused(model: nn.Module, name: str, inputs: Any, error: Exception) -> str:
     """Return what was seen where a model raises on an input of that name."""
-    return f"{type(model).__name__} does not run on {name} {described(inputs)}: {first_line(error)}"
+    shown = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs  # which is the same call
+    return f"{type(model).__name__} does not run on {name} {described(shown)}: {first_line(error)}"
 
 
 def described(value: Any) -> str:
