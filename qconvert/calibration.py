@@ -6,7 +6,7 @@ the mean and spread of the float layer's; the BatchNorms behind it see the outpu
 statistics anew. What is kept is a few numbers per channel, however many batches there are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import InputError, QConvertError
-from .example import arguments, copied_inputs, does_not_run
+from .example import FORMS, arguments, copied_inputs, described, is_array, refused
 from .layers import QActivation, QConv3d
+from .layers.qconv3d import per_channel
 from .observer import make_float
 from .rules import Plan
 from .signals import POINTS, Distribution, mixture
@@ -82,8 +83,7 @@ class _Layer:
         constant = 0.0 if bias is None else bias
         layer.offset.copy_(self.float_output.mean - constant - layer.scale * self.raw_output.mean)
         # bit for bit what the layer will put out: the next threshold is one of these values
-        corrected = output * layer.scale.view(-1, 1, 1, 1) + layer.offset.view(-1, 1, 1, 1)
-        return corrected if bias is None else corrected + bias.view(-1, 1, 1, 1)
+        return per_channel(output, layer.scale, layer.offset, bias)
 
     def _read(self, activation: QActivation, values: Tensor) -> None:
         self.parts.append((values.shape[1], _measured(values)))
@@ -101,9 +101,11 @@ def _channels(tensor: Tensor, layer: str) -> Tensor:
     """Return the values of each channel, shape (C, n), of (N, C, D, H, W) or (C, D, H, W).
 
     Raises:
-        InputError: if one of them is not finite.
+        InputError: if there is none, or one of them is not finite.
     """
     values = tensor.movedim(-4, 0).flatten(1).float()
+    if not values.numel():
+        raise InputError(f"layer {layer!r} meets no values: a batch of size 0 in the calibration data? Leave it out")
     if not values.isfinite().all():
         raise InputError(f"layer {layer!r} meets values that are not finite: NaN or infinity in the calibration data?")
     return values
@@ -145,8 +147,9 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
             of arguments, or a dict of keyword arguments.
 
     Raises:
-        InputError: if there is no batch, or the model does not run on one.
+        InputError: if these are no batches or there is none, or the model does not run on one.
     """
+    _check_batches(batches)
     norms = [module for module in converted.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
     live = [norm for norm in norms if norm.training == converted.training]
     original = copied(converted.eval())
@@ -172,17 +175,36 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
     return Calibration(_state(converted, layers, live), inputs)
 
 
+def _check_batches(batches: Any) -> None:
+    advice = "pass a list of batches [x], a DataLoader or a generator"
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise InputError(f"calibration_data is no iterable of batches but {described(batches)}: {advice}")
+    # iterating over them gives clips, keys or single arguments, on which a model may even run
+    if isinstance(batches, (Mapping, tuple)) or is_array(batches):
+        several = ". If its items are the batches, pass list(x)" if isinstance(batches, tuple) else ""
+        raise InputError(f"calibration_data is one batch, {described(batches)}: {advice}{several}")
+
+
 def _run(model: nn.Module, batch: Any, number: int) -> None:
     args, kwargs = arguments(copied_inputs(batch))
+    name = f"calibration batch {number}"
     try:
         model(*args, **kwargs)
-    except QConvertError:
-        raise
+    except QConvertError as error:
+        raise type(error)(f"{name}: {error}") from error
     except Exception as error:
-        raise InputError(
-            f"calibration batch {number}: {does_not_run(model, batch, error)}. Batches have the form of example_inputs; "
-            "of a loader that yields (inputs, labels), pass the inputs alone: (inputs for inputs, _ in loader)"
-        ) from error
+        raise InputError(f"{refused(model, f'{name},', batch, error)}. {_advice(batch)}") from error
+
+
+def _advice(batch: Any) -> str:
+    """Return what to do about a batch that does not fit: loaders give lists and tuples that hold labels, too."""
+    alone = "pass the inputs alone: (batch[0] for batch in loader)"
+    if isinstance(batch, tuple):
+        return f"A tuple holds the arguments. If the first are the inputs and the others labels, {alone}"
+    if isinstance(batch, list):
+        several = "if its items are the arguments, pass (tuple(batch) for batch in loader)"
+        return f"A list is one argument. If its first item is the input, {alone}; {several}"
+    return f"Batches have the form of example_inputs: {FORMS}"
 
 
 def _state(model: nn.Module, layers: Iterable[str], norms: list[_BatchNorm]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class ModelError(QConvertError, ValueError):
 
 
 class InputError(QConvertError, ValueError):
-    """The model does not run on the example input."""
+    """The model does not run on an example input or on calibration data."""
 
 
 def did_you_mean(seen: str, allowed: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Example inputs: the one that a rule file describes, how a model is called on one, and what is said where that fails."""
 
 import copy
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -50,13 +51,44 @@ def copied_inputs(inputs: Any) -> Any:
     return copy.deepcopy(inputs, fresh)
 
 
+FORMS = "a tensor, a tuple of arguments or a dict of keyword arguments"
+"""What a model can be called with; `arguments` says how."""
+
+
 def does_not_run(model: nn.Module, inputs: Any, error: Exception) -> str:
-    """Return the message for a model that raises on an input: what was seen, and what to do."""
-    shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors_in(inputs))
-    return (
-        f"{type(model).__name__} does not run on the example input {shapes or repr(inputs)}: {first_line(error)}. "
-        "Pass example_inputs that fit: a tensor, a tuple of arguments or a dict of keyword arguments"
-    )
+    """Return the message for a model that raises on an example input: what was seen, and what to do."""
+    return f"{refused(model, 'the example input', inputs, error)}. Pass example_inputs that fit: {FORMS}"
+
+
+def refused(model: nn.Module, name: str, inputs: Any, error: Exception) -> str:
+    """Return what was seen where a model raises on an input of that name."""
+    shown = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs  # which is the same call
+    return f"{type(model).__name__} does not run on {name} {described(shown)}: {first_line(error)}"
+
+
+def described(value: Any) -> str:
+    """Return tensors and arrays by shape and dtype in the containers that they are in, and all else cut short."""
+    return _BRIEF.repr(value)
+
+
+def is_array(value: Any) -> bool:
+    """Return whether the value is a tensor, or an array of another library."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+class _Brief(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        if is_array(x):
+            kind = "" if isinstance(x, Tensor) else f"{type(x).__name__} "
+            return f"{kind}{tuple(x.shape)} {x.dtype}"
+        if isinstance(x, Mapping):
+            return self.repr_dict(x, level)  # type: ignore[arg-type]  # it reads keys and items only
+        inner = tensors_in(x)  # of a dataclass, a named tuple
+        return f"{type(x).__name__}({', '.join(map(described, inner))})" if inner else super().repr_instance(x, level)
+
+
+_BRIEF = _Brief()
+_BRIEF.maxtuple = _BRIEF.maxdict = 12  # arguments of a model: all of them
 
 
 def first_line(error: Exception) -> str:

@@ -1,20 +1,22 @@
 """A module's class with another forward: one that the graph spells out as Python source.
 
-Such a class exists only in memory. What is pickled is the recipe: the class that it derives from, the source, and where
-what the source names is imported from.
+What is pickled of it is the class that it derives from, the source, and where what the source names is imported from.
 """
 
+import copy
 import importlib
 import linecache
 import math
 import types
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 from zlib import crc32
 
 import torch
 from torch import fx, nn
+
+from .derived import below_parametrizations, derived
 
 _ALWAYS = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan, "NoneType": type(None)}
 """What fx writes without saying where it comes from."""
@@ -46,13 +48,23 @@ def source_of(graph: fx.Graph) -> Source:
     Raises:
         ImportError: if it calls something that cannot be found by its name.
     """
+    graph = copy.deepcopy(graph)
     for node in graph.nodes:
         node.type = None  # annotations name types from anywhere
+        if node.op == "call_module":
+            _read_by_name(node)
     code = graph.python_code("self")
     names = sorted(name for name in code.globals if name not in _ALWAYS)
     source = Source(code.src, tuple((name, *_place(code.globals[name])) for name in names))
     source.function("<trial>")
     return source
+
+
+def _read_by_name(node: fx.Node) -> None:
+    """Let what is parametrized be read as in the user's forward: the parametrization may be removed."""
+    owner, parametrized, name = f".{node.target}".rpartition(".parametrizations.")
+    if parametrized:
+        node.op, node.target = "get_attr", f"{owner}.{name}"[1:]
 
 
 def _place(value: Any) -> tuple[str, str]:
@@ -73,38 +85,26 @@ def _found(module: str, path: str) -> Any:
 
 
 def with_forward(module: nn.Module, source: Source) -> type[nn.Module]:
-    """Return the class that is the module's in everything but the forward, which is the source's."""
-    cls = type(module)
-    return _derived(vars(cls).get(_BASE, cls), source)
+    """Return the class that is the module's in everything but the forward, which is the source's.
+
+    Raises:
+        ModelError: if the module's class cannot be derived from.
+    """
+    cls: type[nn.Module] = below_parametrizations(module, lambda below: _counterpart(vars(below).get(_BASE, below), source))
+    return cls
 
 
 _BASE = "_qconvert_base"
 """The attribute in which a class with another forward keeps the user's own: a second rewriting derives from that, too."""
 
-_classes: dict[tuple[type[nn.Module], Source], type[nn.Module]] = {}
 
-
-def _derived(base: type[nn.Module], source: Source) -> type[nn.Module]:
-    if (base, source) not in _classes:
-        _classes[base, source] = _new_class(base, source)
-    return _classes[base, source]
-
-
-def _new_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
-    def reduced(self: Any, protocol: object) -> tuple[Any, ...]:
-        return _empty, (base, source), self.__getstate__()
-
+@cache
+def _counterpart(base: type[nn.Module], source: Source) -> Any:
     members = {
         "forward": source.function(f"<{base.__qualname__}.forward, rewritten by qconvert, {crc32(source.text.encode()):x}>"),
-        "__reduce_ex__": reduced,
         _BASE: base,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(members))
-
-
-def _empty(base: type[nn.Module], source: Source) -> nn.Module:
-    cls = _derived(base, source)
-    return cls.__new__(cls)
+    return derived(base.__name__, (base,), members, (_counterpart, base, source))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, QConvertError
-from .example import arguments, copied_inputs, does_not_run, first_line, tensors_in
+from .example import FORMS, arguments, copied_inputs, first_line, refused, tensors_in
 from .layers import QActivation, QConv3d
 from .quantizations import Identity
 from .rng import preserved_rng
@@ -146,13 +146,13 @@ def observe(model: nn.Module, batch: Any, expected: Observers | None = None) -> 
         return _run(model, batch, expected)
     except QConvertError:
         raise
-    except Exception as refused:  # noqa: BLE001 (a user's forward may raise anything)
+    except Exception as first:  # noqa: BLE001 (a user's forward may raise anything)
         # autograd refuses some in-place operations while the forward runs
         try:
             with torch.no_grad():
-                return _run(model, batch, expected)[0], first_line(refused)
+                return _run(model, batch, expected)[0], first_line(first)
         except Exception as error:
-            raise InputError(does_not_run(model, batch, error)) from error
+            raise InputError(f"{refused(model, 'the batch', batch, error)}. Pass one that fits: {FORMS}") from error
 
 
 def _run(model: nn.Module, batch: Any, expected: Observers | None) -> tuple[Observers, str | None]:

@@ -41,9 +41,9 @@ def binarize(
         example_inputs: what the report counts operations with: a tensor (or a list, for a model that takes one), a tuple
             of arguments, or a dict of keyword arguments. Default: the rules' ``[model] input_shape``; without one the
             report has no operations. Lazy modules get their weights from it, unless in place.
-        calibration_data: batches of the form of ``example_inputs``, for instance a DataLoader of clips. One pass over them
-            measures where thresholds, scales and offsets start (without data the graph tells), and re-estimates the
-            BatchNorm statistics of the converted model.
+        calibration_data: batches of the form of ``example_inputs``: a list of them, a generator, or a DataLoader that yields
+            the inputs alone. One pass over them measures where thresholds, scales and offsets start (without data the graph
+            tells), and re-estimates the BatchNorm statistics of the converted model.
         inplace: convert the model itself instead of a deep copy.
         report: print the before/after report.
 

@@ -4,8 +4,8 @@ The module object itself becomes the new layer, so every reference to it (a seco
 sees the conversion, and it keeps its Parameters.
 """
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -69,7 +69,8 @@ def rewrite(model: nn.Module, plan: Plan, signals: Mapping[str, Signal] = Mappin
         for name, surgery in surgeries(plan).items():
             module = model.get_submodule(name)
             undo.callback(_restore, module, type(module), own_state(module))
-            operate(module, surgery)
+            with _named(f"module {name!r}"):
+                operate(module, surgery)
         layers = [
             (model.get_submodule(name), _new_layer(model, decision, signals.get(name)))
             for name, decision in ((decision.site.name, decision) for decision in plan.converted)
@@ -101,7 +102,7 @@ def plan_of(model: nn.Module) -> Plan | None:
 def _new_layer(model: nn.Module, decision: Decision, signal: Signal | None) -> QConv3d:
     conv: nn.Conv3d = model.get_submodule(decision.site.name)  # type: ignore[assignment]  # the trace found it to be one
     window = decision.gradient_cancellation_threshold
-    try:
+    with _named(f"layer {decision.site.name!r} ({decision.rule})"):
         inputs, weights = build(decision.input), build(decision.weight).to(conv.weight.device)
         weights.start_from(conv.weight)
         if window is None:
@@ -122,8 +123,15 @@ def _new_layer(model: nn.Module, decision: Decision, signal: Signal | None) -> Q
             scale=after.scale,
             offset=after.offset,
         )
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Say in an error where it happened."""
+    try:
+        yield
     except QConvertError as error:
-        raise type(error)(f"layer {decision.site.name!r} ({decision.rule}): {error}") from error
+        raise type(error)(f"{place}: {error}") from error
 
 
 def _become(old: nn.Module, new: nn.Module) -> None:

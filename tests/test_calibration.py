@@ -22,6 +22,7 @@ from models import (
 from small import CHANNELS, STEPS, convert
 from test_pipeline import assert_unchanged, snapshot
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import qconvert
 from qconvert import InputError
@@ -304,7 +305,7 @@ def test_many_small_batches_are_one_big_one():
     """But for BatchNorm, which sees what a batch is: without one."""
     model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.Conv3d(4, 4, 1), nn.Tanh(), nn.Conv3d(4, 2, 1)).eval()
     data = clips(64)
-    many, one = calibrated(model, data.split(1)), calibrated(model, [data])
+    many, one = calibrated(model, list(data.split(1))), calibrated(model, [data])
     for index in (0, 2, 4):
         spread = one[index].activation.spread
         torch.testing.assert_close(many[index].activation.spread, spread, rtol=0.06, atol=0)
@@ -389,19 +390,43 @@ def with_nan(place: int) -> list[Tensor]:
     return batches
 
 
+def one_tensor_each() -> DataLoader:
+    return DataLoader(TensorDataset(clips()), batch_size=4)
+
+
 BAD = {
     "empty": (list, r"^calibration_data has no batch"),
     "used up": (lambda: iter(()), r"^calibration_data has no batch"),
     "labels": (
         Labelled,
-        r"^calibration batch 1: Sequential does not run on .*pass the inputs alone: \(inputs for inputs, _",
+        r"^Sequential does not run on calibration batch 1, \(\(8, 2.*\): .*A tuple holds.*: \(batch\[0\] for batch in",
+    ),
+    "list": (
+        one_tensor_each,
+        r" batch 1, \[\(4, 2, 4, 8, 8\) torch.float32\]: .*A list is one.*\(batch\[0\] for .* \(tuple\(batch\) for batch",
+    ),
+    "array": (
+        lambda: [clips().numpy()],
+        r"^Sequential does not run on calibration batch 1, ndarray \(8, 2, 4, 8, 8\) float32: .*form of example_inputs",
     ),
     "shape": (
         lambda: [clips(), torch.zeros(2, 3, 4, 8, 8)],
-        r"^calibration batch 2: Sequential does not run .*\(2, 3, 4, 8, 8\)",
+        r"^Sequential does not run on calibration batch 2, \(2, 3, 4, 8, 8\) torch.float32: .*form of example_inputs",
     ),
-    "nan": (lambda: with_nan(1), r"^layer '0' meets values that are not finite"),
-    "infinity": (lambda: [clips() / 0], r"^layer '0' meets values that are not finite"),
+    "nan": (lambda: with_nan(1), r"^calibration batch 2: layer '0' meets values that are not finite"),
+    "infinity": (lambda: [clips() / 0], r"^calibration batch 1: layer '0' meets values that are not finite"),
+    "size 0": (lambda: [clips(0)], r"^calibration batch 1: layer '0' meets no values"),
+    "size 0 at the end": (lambda: [clips(), clips(0)], r"^calibration batch 2: layer '0' meets no values"),
+    "number": (lambda: 3, r"^calibration_data is no iterable of batches but 3: pass a list of batches \[x\], a DataLoader"),
+    "dataset": (lambda: TensorDataset(clips()), r"^calibration_data is no iterable of batches but <.*: pass a list"),
+    "tensor": (clips, r"^calibration_data is one batch, \(8, 2, 4, 8, 8\) torch.float32: pass a list of batches \[x\]"),
+    "array itself": (lambda: clips().numpy(), r"^calibration_data is one batch, ndarray \(8, 2, 4, 8, 8\) float32: pass"),
+    "dict": (lambda: {"clip": clips()}, r"^calibration_data is one batch, \{'clip': \(8, 2, 4, 8, 8\) torch.*: pass a list"),
+    "tuple": (
+        lambda: clips().split(4),
+        r"^calibration_data is one batch, \(\(4, 2, 4, 8, 8\) torch.*\): pass a list of batches \[x\].* list\(x\)$",
+    ),
+    "path": (lambda: "clips", r"^calibration_data is no iterable of batches but 'clips': pass a list"),
 }
 
 
@@ -412,8 +437,9 @@ def test_a_failure_says_why_and_changes_nothing(data: Callable[[], Any], message
     model = network().train(training)
     model[1].eval()
     before = snapshot(model)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         qconvert.binarize(model, CHANNELS, calibration_data=data(), inplace=inplace, report=False)
+    assert "example input " not in str(caught.value)
     assert_unchanged(model, before)
 
 
@@ -435,7 +461,7 @@ def test_a_layer_behind_a_division_by_0_is_named():
             return x / 0
 
     model = nn.Sequential(nn.Conv3d(2, 4, 1), Divides(), nn.Conv3d(4, 2, 1))
-    with pytest.raises(InputError, match=r"^layer '2' meets values that are not finite"):
+    with pytest.raises(InputError, match=r"^calibration batch 1: layer '2' meets values that are not finite"):
         qconvert.binarize(model, CHANNELS, calibration_data=[clips()], report=False)
 
 

@@ -6,10 +6,15 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+_SOURCES = ("weight_g", "weight_v", "weight_orig")
+"""Of the old weight_norm; of prune and the old spectral_norm."""
+
 
 def is_trained(conv: nn.Conv3d) -> bool:
-    """Whether the weight, or what a hook computes it from at the next call (prune, the old weight_norm), has a gradient."""
-    sources = (parameter for name, parameter in conv._parameters.items() if name.startswith("weight_"))
+    """Whether the weight, or what a hook computes it from at the next call, has a gradient."""
+    if "weight" in conv._parameters:
+        return conv.weight.requires_grad
+    sources = [conv._parameters.get(name) for name in _SOURCES]
     return conv.weight.requires_grad or any(source is not None and source.requires_grad for source in sources)
 
 

@@ -1,11 +1,13 @@
 """`QConv3d` and `QConv3d_NoAct`: 3D convolution with quantized weights and inputs."""
 
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor, nn
 
+from ..derived import below_parametrizations
 from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
 from .computed import is_trained
@@ -40,6 +42,16 @@ def conv3d(
         input = F.pad(input, _padding_amounts(padding, weight, dilation), value=pad_value)  # noqa: A001
         padding = 0
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def per_channel(output: Tensor, scale: Tensor | None, *summands: Tensor | None) -> Tensor:
+    """Return the output of a convolution times the scale plus the summands, each of shape (O,) or None for none."""
+    if scale is not None:
+        output = output * scale.view(-1, 1, 1, 1)
+    for summand in summands:
+        if summand is not None:
+            output = output + summand.view(-1, 1, 1, 1)
+    return output
 
 
 def _padding_amounts(padding: str | Size, weight: Tensor, dilation: Size) -> list[int]:
@@ -149,7 +161,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         hindrance = None if isinstance(conv, QConv3d_NoAct) else obstacle(conv)
         if hindrance is not None:
             raise ModelError(f"this {type(conv).__name__} cannot be quantized: {hindrance}")
-        layer_class: type[Self] = quantized_class(type(conv), cls)
+        layer_class: type[Self] = below_parametrizations(conv, partial(quantized_class, layer=cls))
         layer = layer_class.__new__(layer_class)
         vars(layer).update(own_state(conv))
         layer._quantize(**settings)
@@ -219,20 +231,15 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         # here, not in forward: a subclass may end in super().forward(x) or in self._conv_forward(x, weight, bias)
         quantized = self._weight_quantize(weight)
         # with float weights there is no exact integer sum to keep apart from the bias: leave it to the convolution
-        inner_bias = bias if isinstance(self._weight_quantize, Identity) and self.scale is None else None
+        is_float = isinstance(self._weight_quantize, Identity) and self.scale is None
+        inner_bias, outer_bias = (bias, None) if is_float else (None, bias)
         padding: str | Size = self.padding
         if self.padding_mode != "zeros":
             input, padding = self._apply_padding(input), 0  # noqa: A001
         output = conv3d(
             input, quantized, inner_bias, self.stride, padding, self.dilation, self.groups, pad_value=self.pad_value
         )
-        if self.scale is not None:
-            output = output * self.scale.view(-1, 1, 1, 1)
-        if self.offset is not None:
-            output = output + self.offset.view(-1, 1, 1, 1)
-        if bias is not None and inner_bias is None:
-            output = output + bias.view(-1, 1, 1, 1)
-        return output
+        return per_channel(output, self.scale, self.offset, outer_bias)
 
     def extra_repr(self) -> str:
         """Show Conv3d's arguments, the border value, and whether there are a scale and an offset."""

@@ -1,14 +1,14 @@
 """Conv3d subclasses: whether one can be quantized, and the class that it becomes."""
 
 import inspect
-import types
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
 
-Layer = TypeVar("Layer", bound=nn.Conv3d)
+from ..derived import derived
 
-_counterparts: dict[tuple[type[nn.Conv3d], type[nn.Conv3d]], Any] = {}
+Layer = TypeVar("Layer", bound=nn.Conv3d)
 
 
 def quantized_class(base: type[nn.Conv3d], layer: type[Layer]) -> type[Layer]:
@@ -21,24 +21,14 @@ def quantized_class(base: type[nn.Conv3d], layer: type[Layer]) -> type[Layer]:
         return layer
     if issubclass(base, layer):
         return base
-    if (base, layer) not in _counterparts:
-        _counterparts[base, layer] = _derived(base, layer)
-    counterpart: type[Layer] = _counterparts[base, layer]
+    counterpart: type[Layer] = _counterpart(base, layer)  # type: ignore[arg-type]  # classes can be hashed
     return counterpart
 
 
-def _derived(base: type[nn.Conv3d], layer: type[nn.Conv3d]) -> type:
-    # the class exists only in memory: pickle its instances as "the counterpart of base"
-    def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        return _empty, (base, layer), self.__getstate__()  # type: ignore[no-untyped-call]
-
-    members = {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": f"{base.__name__}, quantized."}
-    return types.new_class(f"Q{base.__name__}", (base, layer), exec_body=lambda namespace: namespace.update(members))
-
-
-def _empty(base: type[nn.Conv3d], layer: type[Layer]) -> Layer:
-    counterpart = quantized_class(base, layer)
-    return counterpart.__new__(counterpart)
+@cache
+def _counterpart(base: type[nn.Conv3d], layer: type[nn.Conv3d]) -> Any:
+    members = {"__module__": base.__module__, "__doc__": f"{base.__name__}, quantized."}
+    return derived(f"Q{base.__name__}", (base, layer), members, (quantized_class, base, layer))
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:

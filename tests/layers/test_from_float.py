@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.models.video.resnet import Conv3DSimple
 
 import qconvert
@@ -373,6 +374,38 @@ def test_weight_norm_parametrization():
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     assert set(gradients) == {"bias", "parametrizations.weight.original0", "parametrizations.weight.original1"}
     assert all(gradient is not None and gradient.count_nonzero() > 0 for gradient in gradients.values())
+
+
+class MaskedByLogits(nn.Conv3d):
+    """It has a Parameter whose name begins as the weight's do, and which has nothing to do with it."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight_mask_logits = nn.Parameter(torch.zeros(4))
+
+
+class NamedLikeAHooks(nn.Conv3d):
+    """It has a Parameter with the name that weight_norm uses, beside a weight of its own."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight_g = nn.Parameter(torch.zeros(4))
+
+
+@pytest.mark.parametrize("subclass", [MaskedByLogits, NamedLikeAHooks])
+def test_what_is_added_to_a_frozen_weight_is_frozen_whatever_else_is_trained(subclass):
+    conv = subclass(2, 4, 3)
+    conv.weight.requires_grad_(requires_grad=False)
+    layer = QConv3d.from_float(conv, threshold=0.0, scale="channel", weight_quantization="lsq")
+    trained = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in conv.named_parameters() if parameter.requires_grad}
+
+
+def test_a_weight_that_a_hook_computes_does_not_look_elsewhere_either():
+    conv = prune.random_unstructured(MaskedByLogits(2, 4, 3), "weight", 0.5)
+    conv.weight_orig.requires_grad_(requires_grad=False)
+    conv.weight = conv.weight.detach()
+    assert not QConv3d.from_float(conv, scale="channel").scale.requires_grad
 
 
 # --- refused ---

@@ -366,7 +366,7 @@ class TestInputs:
             ),
             pytest.param(
                 (torch.zeros(CLIP), torch.zeros(2)),
-                r"does not run on the example input \(1, 2, 4, 6, 6\) torch\.float32, \(2,\) torch\.float32: TypeError: ",
+                r"the example input \(\(1, 2, 4, 6, 6\) torch\.float32, \(2,\) torch\.float32\): TypeError: ",
                 id="number of arguments",
             ),
             pytest.param({"clip": 3}, r"does not run on the example input \{'clip': 3\}: TypeError: ", id="keyword"),
