@@ -85,14 +85,15 @@ def cat(operation: Operation) -> Distribution:
     dim = operation.setting("dim", 1, 0)
     if not isinstance(parts, (tuple, list)) or not parts or not all(isinstance(part, Distribution) for part in parts):
         return UNKNOWN
-    is_along_channels = parts[0].holds_channels(dim)
+    first: Distribution = parts[0]
+    is_along_channels = first.holds_channels(dim)
     if not is_along_channels or any(part.channels == 1 for part in parts):
         joined = mixture(parts)
         if is_along_channels:
             return joined.pooled()
         return replace(joined, size=None) if len(parts) > 1 else joined
     nonnegative, known = (all(getattr(part, flag) for part in parts) for flag in ("nonnegative", "known"))
-    return replace(parts[0], points=torch.cat([part.points for part in parts]), nonnegative=nonnegative, known=known)
+    return replace(first, points=torch.cat([part.points for part in parts]), nonnegative=nonnegative, known=known)
 
 
 def split(operation: Operation, *, by_size: bool) -> Any:
