@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .code import questions, reachable
 from .contents import contents, different
+from .errors import first_line
 from .generated import source_of
 from .rng import preserved_rng
 from .standin import OwnTracer
@@ -89,8 +90,7 @@ def own_forward(module: nn.Module) -> OwnForward:
 
 
 def _failure(error: Exception) -> str:
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"its forward cannot be traced on its own ({type(error).__name__}: {first_line})"
+    return f"its forward cannot be traced on its own ({first_line(error)})"
 
 
 def own_graph(module: nn.Module) -> fx.Graph:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .errors import first_line
 from .tables import Model
 
 
@@ -57,9 +58,3 @@ def does_not_run(model: nn.Module, inputs: Any, error: Exception) -> str:
         f"{type(model).__name__} does not run on the example input {shapes or repr(inputs)}: {first_line(error)}. "
         "Pass example_inputs that fit: a tensor, a tuple of arguments or a dict of keyword arguments"
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return type and first line of an error."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line}".rstrip(".: ")
