@@ -324,20 +324,22 @@ def test_lazy_buffers_are_copied():
     assert isinstance(model[1].running_mean, nn.UninitializedBuffer)
 
 
-class ByValue(nn.Module):
-    """Its forward cannot be traced, so no graph shows its functional convolution."""
-
+class HasAKernel(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv3d(2, 2, 1)
         self.kernel = nn.Parameter(torch.randn(2, 2, 1, 1, 1))
+
+
+class ByValue(HasAKernel):
+    """Its forward cannot be traced, so no graph shows its functional convolution."""
 
     def forward(self, x):
         y = F.conv3d(x, self.kernel)
         return self.conv(y) if y.sum() > 0 else y
 
 
-class InALambda(ByValue):
+class InALambda(HasAKernel):
     """The same, in a function inside the forward."""
 
     def forward(self, x):
@@ -351,6 +353,98 @@ def test_a_functional_convolution_that_no_graph_shows_is_listed(build):
     assert sites.keys() == {"conv", "conv3d"}
     assert sites["conv3d"].kind == "functional conv3d"
     assert sites["conv3d"].blocker.startswith("its forward cannot be traced on its own (TraceError: ")
+
+
+class InAHelper(HasAKernel):
+    """The same, in a function of the module that a function of the module calls."""
+
+    def forward(self, x):
+        y = helper(x, self.kernel)
+        return self.conv(y) if y.sum() > 0 else y
+
+
+def helper(x, weight):
+    return inner_helper(x, weight) * 2
+
+
+def inner_helper(x, weight):
+    return F.conv3d(x, weight)
+
+
+class General(HasAKernel):
+    """A convolution of any rank."""
+
+    def forward(self, x):
+        y = torch.convolution(x, self.kernel, None, [1], [0], [1], False, [0], 1)
+        return self.conv(y) if y.sum() > 0 else y
+
+
+@pytest.mark.parametrize("build", [InAHelper, General])
+def test_a_functional_convolution_under_another_name_is_listed(build):
+    sites = {site.name: site for site in trace(build()).sites}
+    assert sites.keys() == {"conv", "conv3d"}
+    assert sites["conv3d"].kind == "functional conv3d"
+    assert sites["conv3d"].blocker.startswith("its forward cannot be traced on its own (TraceError: ")
+
+
+class Calls(nn.Module):
+    """A convolution by torch.convolution or the like."""
+
+    def __init__(self, convolution, rank=5, size=1, computed=False, transposed=False):
+        super().__init__()
+        self.conv = nn.Conv3d(2, 2, 1)
+        self.kernel = nn.Parameter(torch.randn(2, 2, *[1] * (rank - 2)))
+        self.convolution = convolution
+        self.arguments = [1] * size, [0] * size, [1] * size, transposed, [0] * size, 1
+        self.computed = computed
+
+    def forward(self, x):
+        x = self.conv(x)
+        weight = self.kernel * 2 if self.computed else self.kernel
+        return self.convolution(x, weight, None, *self.arguments)
+
+
+every_general = pytest.mark.parametrize(
+    "convolution", [torch.convolution, torch.ops.aten.convolution, torch.ops.aten.convolution.default]
+)
+
+
+@every_general
+@pytest.mark.parametrize("settings", [{}, {"size": 3}, {"size": 3, "computed": True}], ids=str)
+def test_a_general_convolution_is_listed_and_stays(convolution, settings):
+    model = Calls(convolution, **settings)
+    x = torch.randn(1, 2, 2, 2, 2)
+    functional = [decision for decision in qconvert.plan(model, IDENTITY).decisions if decision.site.name != "conv"]
+    assert [each.site.kind for each in functional] == ["functional conv3d"]
+    assert not functional[0].convert
+    assert "call F.conv3d" in functional[0].reason
+    assert torch.equal(qconvert.binarize(model, IDENTITY, report=False)(x), model(x))
+
+
+@every_general
+@pytest.mark.parametrize(
+    "settings", [{"rank": 4}, {"rank": 4, "size": 2, "computed": True}, {"transposed": True, "size": 3}], ids=str
+)
+def test_a_general_convolution_that_is_none_of_3d_is_not_listed(convolution, settings):
+    assert [site.name for site in trace(Calls(convolution, **settings)).sites] == ["conv"]
+
+
+class NamesItsOwn(HasAKernel):
+    """It names a convolution that is no function of torch's, and a plain one of rank 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(2, 2, 1, 1))
+
+    def convolution(self, x):
+        return torch.convolution(x[0], self.kernel, None, [1], [0], [1], False, [0], 1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else self.convolution(x)
+
+
+def test_a_general_convolution_that_no_graph_shows_needs_a_weight_of_3d():
+    assert [site.name for site in trace(NamesItsOwn()).sites] == ["conv"]
 
 
 # --- what copy.deepcopy cannot copy ---
