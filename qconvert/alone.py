@@ -5,9 +5,7 @@ good. So it is traced under several conditions: where two graphs differ, or the 
 there is none.
 """
 
-import builtins
 import copy
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +18,13 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from .code import questions, reachable
+from .contents import contents, different
+from .errors import first_line
 from .generated import source_of
 from .rng import preserved_rng
-from .tracer import IN_PLACE, NamingTracer, attributes_kept
+from .standin import OwnTracer
+from .tracer import IN_PLACE, attributes_kept
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class _Condition:
     training: bool = False
     seed: int = 0
     gradients: bool = True
+    autocast: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)  # arguments that have a value of their own
 
 
 _REASONS = {
     "it draws random numbers in Python": _Condition(seed=1),
     "it asks whether gradients are on": _Condition(gradients=False),
+    "it asks whether autocast is on": _Condition(autocast=True),
 }
 
 
@@ -86,8 +90,7 @@ def own_forward(module: nn.Module) -> OwnForward:
 
 
 def _failure(error: Exception) -> str:
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"its forward cannot be traced on its own ({type(error).__name__}: {first_line})"
+    return f"its forward cannot be traced on its own ({first_line(error)})"
 
 
 def own_graph(module: nn.Module) -> fx.Graph:
@@ -96,15 +99,23 @@ def own_graph(module: nn.Module) -> fx.Graph:
 
 
 def _differences(module: nn.Module, graph: fx.Graph, in_training: fx.Graph) -> Iterator[str]:
+    yield from _unseen(module)
     written = _written(graph, {})
     if _written(in_training, {}) != written:
         yield "it runs other code in train() than in eval()"
-    if _written(_traced(module, _Condition(seed=1, gradients=False)), {}) != written:
+    if _written(_traced(module, _Condition(seed=1, gradients=False, autocast=True)), {}) != written:
         yield from (why for why, alone in _REASONS.items() if _written(_traced(module, alone), {}) != written)
-        yield "it draws random numbers and asks whether gradients are on"
+        yield "it draws random numbers and asks whether gradients or autocast are on"
     for node in graph.nodes:
         if node.op == "placeholder" and not node.target.startswith("*"):
             yield from _depends_on(module, graph, node)
+
+
+def _unseen(module: nn.Module) -> Iterator[str]:
+    """Yield what the code says that no graph shows: also code that is not run when it is traced."""
+    held = (*module.modules(), *vars(module).values())
+    for code in reachable([type(module).forward], dict.fromkeys(map(type, held))):
+        yield from questions(code)
 
 
 def _depends_on(module: nn.Module, graph: fx.Graph, argument: fx.Node) -> Iterator[str]:
@@ -112,10 +123,12 @@ def _depends_on(module: nn.Module, graph: fx.Graph, argument: fx.Node) -> Iterat
     for value in {id(value): value for value in (None, *argument.args) if _is_plain(value)}.values():
         given = {str(argument.target): value}
         try:
-            other = _traced(module, _Condition(given=given))
+            is_same = _written(_traced(module, _Condition(given=given)), {}) == _written(graph, given)
+        except TraceError:
+            is_same = False
         except Exception:  # noqa: BLE001, S112 (the forward does not take this value)
             continue
-        if _written(other, {}) != _written(graph, given):
+        if not is_same:
             yield f"what it does depends on the argument {argument.target!r}"
 
 
@@ -138,18 +151,18 @@ def _written(graph: fx.Graph, given: Mapping[str, Any]) -> list[Any]:
 
 def _traced(module: nn.Module, condition: _Condition) -> fx.Graph:
     trial = _trial(module)
-    trial.training = condition.training
-    before = _state(trial)
     children = [child for child in module.modules() if child is not module]
     with (
         preserved_rng(condition.seed),
         attributes_kept(children),
         torch.set_grad_enabled(condition.gradients),
-        _types_not_asked(),
+        _autocast(condition.autocast),
     ):
-        graph = _OwnTracer(condition).trace(trial)
-    after = _state(trial)
-    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+        for each in trial.modules():
+            vars(each)["training"] = condition.training
+        before = contents(trial)
+        graph = OwnTracer(condition.given).trace(trial)
+        changed = different(before, contents(trial))
     if any(key.startswith("_tensor_constant") for key in changed):
         raise TraceError("it makes a tensor, whose value the graph would fix")
     if changed:
@@ -158,21 +171,16 @@ def _traced(module: nn.Module, condition: _Condition) -> fx.Graph:
 
 
 @contextmanager
-def _types_not_asked() -> Iterator[None]:
-    """Refuse a forward that asks a stand-in for its type: it is no Tensor, and what is called with a list is no list."""
-    real = builtins.isinstance
-
-    def asked(value: Any, kinds: Any) -> bool:
-        asker = sys._getframe(1).f_globals.get("__name__", "")
-        if issubclass(type(value), fx.Proxy) and not asker.startswith("torch."):  # torch.is_tensor asks for the user
-            raise TraceError("it asks for the type of a value")
-        return real(value, kinds)
-
-    builtins.isinstance = asked
+def _autocast(enabled: bool) -> Iterator[None]:
+    """Switch autocast as a forward sees it: torch.autocast would leave a device that is not there alone."""
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
     try:
+        for device in before:
+            torch.set_autocast_enabled(device, enabled)
         yield
     finally:
-        builtins.isinstance = real
+        for device, was_enabled in before.items():
+            torch.set_autocast_enabled(device, was_enabled)
 
 
 def _trial(module: nn.Module) -> nn.Module:
@@ -185,55 +193,3 @@ def _trial(module: nn.Module) -> nn.Module:
         if isinstance(leaf, Tensor) and id(leaf) not in memo:
             memo[id(leaf)] = leaf.detach().clone()  # deepcopy refuses tensors with a history
     return copy.deepcopy(module, memo)
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes to compare: containers item by item, tensors by their version, all else by identity."""
-    state = {}
-    for key, value in vars(module).items():
-        leaves, spec = pytree.tree_flatten(value)
-        state[key] = [_Same(leaf, _version(leaf)) for leaf in leaves], str(spec)
-    return state
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    value: Any  # held, so that no other object gets its identity
-    version: int
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value and self.version == other.version
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _version(leaf: object) -> int:
-    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
-
-
-class _OwnTracer(NamingTracer):
-    """Keeps every submodule whole, and refuses code under a context that a graph does not know."""
-
-    def __init__(self, condition: _Condition) -> None:
-        super().__init__()
-        self.condition = condition
-        self.context = _context()
-
-    def is_leaf_module(self, *_: Any) -> bool:
-        return True
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _context() != self.context:
-            raise TraceError("part of it runs under no_grad, autocast, checkpointing or the like")
-        return super().create_node(*args, **kwargs)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        if kind == "placeholder" and target in self.condition.given:
-            return self.condition.given[target]
-        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
-
-
-def _context() -> tuple[Any, ...]:
-    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, hooks)

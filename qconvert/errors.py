@@ -1,4 +1,4 @@
-"""The errors that qconvert raises on purpose, and the one helper that words a suggestion.
+"""The errors that qconvert raises on purpose, and how a suggestion and the error of another are worded.
 
 Every message says what went wrong, where, what was seen, and what to do about it.
 """
@@ -31,6 +31,12 @@ def did_you_mean(seen: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the name nearest to ``seen``, or ``""`` where none is near."""
     nearest = difflib.get_close_matches(seen, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return type and first line of an error."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}".rstrip(".: ")
 
 
 class ConstantInputWarning(UserWarning):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .errors import first_line
 from .tables import Model
 
 
@@ -89,9 +90,3 @@ class _Brief(reprlib.Repr):
 
 _BRIEF = _Brief()
 _BRIEF.maxtuple = _BRIEF.maxdict = 12  # arguments of a model: all of them
-
-
-def first_line(error: Exception) -> str:
-    """Return type and first line of an error."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line}".rstrip(".: ")

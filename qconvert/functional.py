@@ -1,8 +1,8 @@
 """Functional 3D convolutions: which a model has, and the layer that takes the place of one."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import pairwise
 from types import CodeType
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import fx, nn
 
 from .alone import OwnForward, own_forward
+from .code import is_torchs, operations, reachable
 from .layers.tied import TiedConv3d
 from .sites import FUNCTIONAL, Site
 
 _CONV3D = {F.conv3d, torch.conv3d, torch.ops.aten.conv3d.default, torch.ops.aten.conv3d}
+_OF_ANY_RANK = {torch.convolution, torch.ops.aten.convolution.default, torch.ops.aten.convolution}
 _RANK = 5
 """Dimensions of a weight: (O, C / groups, kD, kH, kW)."""
 
@@ -27,20 +29,41 @@ def functional_sites(model: nn.Module, graphs: Mapping[str, fx.Graph]) -> Iterat
     calls: dict[str, list[str]] = {name: [] for name, module in model.named_modules() if names_conv3d(module)}
     for region, graph in graphs.items():
         for node in graph.nodes:
-            if is_conv3d(node):
+            if _is_listed(node, model.get_submodule(region)):
                 calls.setdefault(owner_name(region, node), []).append(node.name)
     for owner, names in calls.items():
         module = model.get_submodule(owner)
         own = own_forward(module)
-        found = {node.name: node for graph in own.graphs for node in graph.nodes if is_conv3d(node)}
+        found = {node.name: node for graph in own.graphs for node in graph.nodes if _is_listed(node, module)}
         unseen = [] if own.failure is None else ["conv3d"]  # the code names one, and no graph shows where it is called
         for name in found or names or unseen:
             yield _site(f"{owner}.{layer_name(module, name)}".removeprefix("."), module, found.get(name), own)
 
 
 def is_conv3d(node: fx.Node) -> bool:
-    """Whether the node calls a functional 3D convolution."""
+    """Whether the node calls a functional 3D convolution that may become a layer."""
     return node.op == "call_function" and node.target in _CONV3D
+
+
+def _is_listed(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node is a 3D convolution, also by a function for any rank, which the weight or a setting tells."""
+    if node.op != "call_function" or node.target not in _OF_ANY_RANK:
+        return is_conv3d(node)
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    sizes = [value for value in given.values() if isinstance(value, (list, tuple))]
+    is_3d = any(len(size) == _RANK - 2 for size in sizes) or _rank(given["weight"], root) == _RANK
+    return is_3d and given["transposed"] is False
+
+
+def _rank(value: Any, root: nn.Module) -> int | None:
+    """Return the number of dimensions of a Parameter or buffer; None where it cannot be told."""
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    found: Any = root
+    for name in str(value.target).split("."):
+        found = getattr(found, name, None)
+    return found.dim() if isinstance(found, torch.Tensor) else None
 
 
 def owner_name(region: str, node: fx.Node) -> str:
@@ -50,23 +73,33 @@ def owner_name(region: str, node: fx.Node) -> str:
 
 
 def names_conv3d(module: nn.Module) -> bool:
-    """Whether code of the module's class, not of torch's, names conv3d. A Conv3d's own is its own affair."""
-    return _class_names_conv3d(type(module))  # type: ignore[arg-type]  # a class can be hashed
+    """Whether code of the module's class, or of a function that it leads to, names a 3D convolution of torch's.
+
+    A Conv3d's own is its own affair. A function for any rank counts where the module has a weight for it.
+    """
+    named = _convolutions_named(type(module))  # type: ignore[arg-type]  # a class can be hashed
+    return "conv3d" in named or ("convolution" in named and any(map(_is_weight, module.parameters(recurse=False))))
+
+
+def _is_weight(parameter: nn.Parameter) -> bool:
+    return not isinstance(parameter, nn.UninitializedParameter) and parameter.dim() == _RANK
 
 
 @lru_cache(maxsize=1024)
-def _class_names_conv3d(cls: type[nn.Module]) -> bool:
+def _convolutions_named(cls: type[nn.Module]) -> frozenset[str]:
     if issubclass(cls, nn.Conv3d):
-        return False
-    own = [base for base in cls.__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch.")]
-    functions = (inspect.unwrap(value) for base in own for value in vars(base).values() if callable(value))
-    return any(_code_names_conv3d(function.__code__) for function in functions if hasattr(function, "__code__"))
+        return frozenset()
+    own = [base for base in cls.__mro__ if issubclass(base, nn.Module) and not is_torchs(base.__module__)]
+    codes = reachable(value for base in own for value in vars(base).values())
+    return frozenset(name for code in codes for name in _named_by(code))
 
 
-def _code_names_conv3d(code: CodeType) -> bool:
-    """Whether the code, or a function inside it, names conv3d."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return "conv3d" in code.co_names or any(map(_code_names_conv3d, inner))
+def _named_by(code: CodeType) -> Iterator[str]:
+    if "conv3d" in code.co_names:
+        yield "conv3d"
+    steps = operations(code) if "convolution" in code.co_names else ()
+    if any(before in ("torch", "aten") and name == "convolution" for (_, before), (_, name) in pairwise(steps)):
+        yield "convolution"
 
 
 def _site(name: str, owner: nn.Module, node: fx.Node | None, own: OwnForward) -> Site:
@@ -109,6 +142,8 @@ def layer_name(owner: nn.Module, name: str) -> str:
 
 def layer_for(owner: nn.Module, node: fx.Node) -> TiedConv3d:
     """Return the layer that computes what the node of the owner's graph does, around the owner's Parameters."""
+    if not is_conv3d(node):
+        raise _NotConvertibleError("it is a convolution of any rank: call F.conv3d, which can be converted")
     given = arguments(node)
     weight, bias = (_parameter(owner, name, given.pop(name)) for name in ("weight", "bias"))
     if weight is None or weight.dim() != _RANK:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, QConvertError
-from .example import FORMS, arguments, copied_inputs, first_line, refused, tensors_in
+from .errors import InputError, QConvertError, first_line
+from .example import FORMS, arguments, copied_inputs, refused, tensors_in
 from .layers import QActivation, QConv3d
 from .quantizations import Identity
 from .rng import preserved_rng

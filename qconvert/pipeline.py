@@ -44,7 +44,7 @@ def binarize(
         calibration_data: batches of the form of ``example_inputs``: a list of them, a generator, or a DataLoader that yields
             the inputs alone. One pass over them measures where thresholds, scales and offsets start (without data the graph
             tells), and re-estimates the BatchNorm statistics of the converted model.
-        inplace: convert the model itself instead of a deep copy.
+        inplace: convert the model itself instead of a deep copy. Report and calibration run on copies all the same.
         report: print the before/after report.
 
     Returns:

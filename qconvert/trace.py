@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .functional import functional_sites, names_conv3d
 from .inplace import overwrites
 from .layers import QConv3d_NoAct, obstacle
@@ -127,7 +127,8 @@ def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(model, fresh | memo)
     except Exception as error:  # a user's __deepcopy__ may raise anything; it is named as the cause
         message = f"copy.deepcopy({type(model).__name__}) fails: {type(error).__name__}: {error}"
-        raise ModelError(f"{message}. Remove what cannot be copied from the model before the conversion") from error
+        advice = "Remove what cannot be copied, or convert the model itself: inplace=True, report=False, no calibration_data"
+        raise ModelError(f"{message}. {advice}") from error
 
 
 def drop_foreign_hooks(model: nn.Module, spared: Set[nn.Module] = frozenset()) -> None:
@@ -148,10 +149,15 @@ def drop_foreign_hooks(model: nn.Module, spared: Set[nn.Module] = frozenset()) -
 
 
 class _Tracer(NamingTracer):
-    """Keeps every Conv3d whole, and turns a submodule whose forward cannot be traced into one node."""
+    """Keeps every Conv3d whole, and turns a submodule whose forward cannot be traced into one node.
 
-    def __init__(self) -> None:
+    Args:
+        uncopyable: modules whose forward is not to be traced, and why.
+    """
+
+    def __init__(self, uncopyable: Mapping[nn.Module, str] = MappingProxyType({})) -> None:
         super().__init__()
+        self.uncopyable = uncopyable
         self.failures: dict[str, Opaque] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -166,6 +172,8 @@ class _Tracer(NamingTracer):
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
+        if m in self.uncopyable:
+            self.failures[name] = Opaque(name, type(m).__name__, self.uncopyable[m])
         if name in self.failures:
             return self.create_proxy("call_module", name, args, kwargs)
         nodes_before = len(self.graph.nodes)
@@ -190,12 +198,12 @@ class _Regions:
         self.root = root
         tracer = _Tracer()
         self.leaves = {module for name, module in root.named_modules() if tracer.runs_whole(module, name)}
+        self.uncopyable: dict[nn.Module, str] = {}
         self.graphs: dict[str, fx.Graph] = {}
         self.opaque: list[Opaque] = []
 
     def trace(self) -> tuple[dict[str, fx.Graph], list[Opaque]]:
-        with attributes_kept(self.leaves):
-            self._trace("", self.root)
+        self._trace("", self.root)
         return self.graphs, self.opaque
 
     def _trace(self, name: str, module: nn.Module) -> None:
@@ -207,13 +215,16 @@ class _Regions:
         if _is_container(module):
             self._trace_children(name, module)
             return
-        # what a forward does to Python state while it is traced (caches, counters) happens to a copy, of which a failed
-        # trace leaves stand-ins behind: each has its own
-        victim = structural_copy(module, self.leaves)
-        drop_foreign_hooks(victim, spared=self.leaves)
-        tracer = _Tracer()
+        victim, shared = self._copied(module)
+        if victim is None:
+            self.opaque.append(Opaque(name, type(module).__name__, self.uncopyable[module]))
+            self._trace_children(name, module)
+            return
+        drop_foreign_hooks(victim, spared=shared)
+        tracer = _Tracer(self.uncopyable)
         try:
-            graph = tracer.trace(victim, concrete_args=_defaults(module))
+            with attributes_kept(shared):
+                graph = tracer.trace(victim, concrete_args=_defaults(module))
             graph.lint()  # no node reads what a part that failed has left behind
         except Exception as error:  # noqa: BLE001 (a user's forward may raise anything; the reason is reported)
             self.opaque.append(_opaque(name, module, error))
@@ -227,9 +238,41 @@ class _Regions:
                 self.opaque.append(Opaque(full_name, failure.type, failure.reason))
                 self._trace_children(full_name, inner)
 
+    def _copied(self, module: nn.Module) -> tuple[nn.Module | None, set[nn.Module]]:
+        """Return a copy, if there can be one, and the modules that it shares: torch's leaves, and what cannot be copied.
+
+        What a forward does to Python state while it is traced (caches, counters) happens to a copy, of which a failed trace
+        leaves stand-ins behind: each has its own.
+        """
+        inside = list(module.modules())
+        whole = {inner for each in inside if each in self.uncopyable for inner in each.modules()}
+        shared = whole | self.leaves.intersection(inside)
+        if module in self.uncopyable:
+            return None, shared
+        try:
+            return structural_copy(module, shared), shared
+        except ModelError as error:
+            self.uncopyable |= _uncopyable(inner for inner in inside if inner not in shared) or {module: _refusal(error)}
+            return self._copied(module)
+
     def _trace_children(self, name: str, module: nn.Module) -> None:
         for child_name, child in module.named_children():
             self._trace(_joined(name, child_name), child)
+
+
+def _uncopyable(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """Return those modules that cannot be copied whatever their children are, and why."""
+    found = {}
+    for module in modules:
+        try:
+            structural_copy(module, module.children())
+        except ModelError as error:
+            found[module] = _refusal(error)
+    return found
+
+
+def _refusal(error: ModelError) -> str:
+    return f"it cannot be copied: {first_line(error.__cause__ or error)}"
 
 
 def _graph_of_conv3d() -> fx.Graph:
@@ -262,8 +305,7 @@ def _opaque(name: str, module: nn.Module, error: Exception) -> Opaque:
     frames = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
     outside = [(file, line) for file, line in frames if "torch" not in file.parts and file != Path(__file__)]
     where = f" ({outside[-1][0].name}:{outside[-1][1]})" if outside else ""
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return Opaque(name, type(module).__name__, f"{type(error).__name__}: {first_line}{where}")
+    return Opaque(name, type(module).__name__, f"{first_line(error)}{where}")
 
 
 def _joined(prefix: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the tracers of trace.py and alone.py have in common. With these two files all that knows torch.fx.Tracer."""
+"""What the tracers of trace.py and standin.py have in common. With these two files all that knows torch.fx.Tracer."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,6 +1,7 @@
 """Tracing: what is found, in which role, and that the model is left alone."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import qconvert
 from qconvert import ModelError, trace
 from qconvert.layers import QConv3d
 from qconvert.trace import copied
+
+IDENTITY = {"rule": [{"weight": "identity", "input": "identity"}]}
 
 
 class Scaled(nn.Conv3d):
@@ -220,10 +223,6 @@ def test_what_is_no_model_is_refused():
         trace(3)
     with pytest.raises(ModelError, match="ScriptModule has no Python forward"):
         trace(torch.jit.trace(nn.Conv3d(1, 1, 1), torch.zeros(1, 1, 1, 1, 1)))
-    uncopyable = nn.Sequential(nn.Conv3d(1, 1, 1))
-    uncopyable.stream = (value for value in ())
-    with pytest.raises(ModelError, match=r"copy\.deepcopy\(Sequential\) fails: TypeError: cannot pickle 'generator'"):
-        trace(uncopyable)
 
 
 def test_a_container_as_default_leaves_a_region_that_runs():
@@ -325,20 +324,22 @@ def test_lazy_buffers_are_copied():
     assert isinstance(model[1].running_mean, nn.UninitializedBuffer)
 
 
-class ByValue(nn.Module):
-    """Its forward cannot be traced, so no graph shows its functional convolution."""
-
+class HasAKernel(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv3d(2, 2, 1)
         self.kernel = nn.Parameter(torch.randn(2, 2, 1, 1, 1))
+
+
+class ByValue(HasAKernel):
+    """Its forward cannot be traced, so no graph shows its functional convolution."""
 
     def forward(self, x):
         y = F.conv3d(x, self.kernel)
         return self.conv(y) if y.sum() > 0 else y
 
 
-class InALambda(ByValue):
+class InALambda(HasAKernel):
     """The same, in a function inside the forward."""
 
     def forward(self, x):
@@ -352,3 +353,195 @@ def test_a_functional_convolution_that_no_graph_shows_is_listed(build):
     assert sites.keys() == {"conv", "conv3d"}
     assert sites["conv3d"].kind == "functional conv3d"
     assert sites["conv3d"].blocker.startswith("its forward cannot be traced on its own (TraceError: ")
+
+
+class InAHelper(HasAKernel):
+    """The same, in a function of the module that a function of the module calls."""
+
+    def forward(self, x):
+        y = helper(x, self.kernel)
+        return self.conv(y) if y.sum() > 0 else y
+
+
+def helper(x, weight):
+    return inner_helper(x, weight) * 2
+
+
+def inner_helper(x, weight):
+    return F.conv3d(x, weight)
+
+
+class General(HasAKernel):
+    """A convolution of any rank."""
+
+    def forward(self, x):
+        y = torch.convolution(x, self.kernel, None, [1], [0], [1], False, [0], 1)
+        return self.conv(y) if y.sum() > 0 else y
+
+
+@pytest.mark.parametrize("build", [InAHelper, General])
+def test_a_functional_convolution_under_another_name_is_listed(build):
+    sites = {site.name: site for site in trace(build()).sites}
+    assert sites.keys() == {"conv", "conv3d"}
+    assert sites["conv3d"].kind == "functional conv3d"
+    assert sites["conv3d"].blocker.startswith("its forward cannot be traced on its own (TraceError: ")
+
+
+class Calls(nn.Module):
+    """A convolution by torch.convolution or the like."""
+
+    def __init__(self, convolution, rank=5, size=1, computed=False, transposed=False):
+        super().__init__()
+        self.conv = nn.Conv3d(2, 2, 1)
+        self.kernel = nn.Parameter(torch.randn(2, 2, *[1] * (rank - 2)))
+        self.convolution = convolution
+        self.arguments = [1] * size, [0] * size, [1] * size, transposed, [0] * size, 1
+        self.computed = computed
+
+    def forward(self, x):
+        x = self.conv(x)
+        weight = self.kernel * 2 if self.computed else self.kernel
+        return self.convolution(x, weight, None, *self.arguments)
+
+
+every_general = pytest.mark.parametrize(
+    "convolution", [torch.convolution, torch.ops.aten.convolution, torch.ops.aten.convolution.default]
+)
+
+
+@every_general
+@pytest.mark.parametrize("settings", [{}, {"size": 3}, {"size": 3, "computed": True}], ids=str)
+def test_a_general_convolution_is_listed_and_stays(convolution, settings):
+    model = Calls(convolution, **settings)
+    x = torch.randn(1, 2, 2, 2, 2)
+    functional = [decision for decision in qconvert.plan(model, IDENTITY).decisions if decision.site.name != "conv"]
+    assert [each.site.kind for each in functional] == ["functional conv3d"]
+    assert not functional[0].convert
+    assert "call F.conv3d" in functional[0].reason
+    assert torch.equal(qconvert.binarize(model, IDENTITY, report=False)(x), model(x))
+
+
+@every_general
+@pytest.mark.parametrize(
+    "settings", [{"rank": 4}, {"rank": 4, "size": 2, "computed": True}, {"transposed": True, "size": 3}], ids=str
+)
+def test_a_general_convolution_that_is_none_of_3d_is_not_listed(convolution, settings):
+    assert [site.name for site in trace(Calls(convolution, **settings)).sites] == ["conv"]
+
+
+class NamesItsOwn(HasAKernel):
+    """It names a convolution that is no function of torch's, and a plain one of rank 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(2, 2, 1, 1))
+
+    def convolution(self, x):
+        return torch.convolution(x[0], self.kernel, None, [1], [0], [1], False, [0], 1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else self.convolution(x)
+
+
+def test_a_general_convolution_that_no_graph_shows_needs_a_weight_of_3d():
+    assert [site.name for site in trace(NamesItsOwn()).sites] == ["conv"]
+
+
+# --- what copy.deepcopy cannot copy ---
+
+
+class Locked(nn.Module):
+    """It holds a lock, and a functional convolution that its forward calls under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+        self.conv = nn.Conv3d(2, 2, 1)
+        self.body = nn.Sequential(nn.Conv3d(2, 2, 1), nn.ReLU(), nn.Conv3d(2, 2, 1))
+        self.kernel = nn.Parameter(torch.randn(2, 2, 1, 1, 1))
+        self.calls = 0
+
+    def forward(self, x):
+        with self.lock:
+            self.calls += 1
+            return F.conv3d(self.body(self.conv(x)), self.kernel)
+
+
+class Outer(nn.Module):
+    """It can be copied but for what is inside it, and runs code of that beside its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv3d(2, 2, 1)
+        self.locked = Locked()
+        self.head = nn.Conv3d(2, 2, 1)
+
+    def forward(self, x):
+        self.locked.calls += 1
+        return self.head(self.locked(self.stem(x)))
+
+
+def test_what_cannot_be_copied_is_opaque():
+    traced = trace(Locked())
+    assert [str(each) for each in traced.opaque] == [
+        "Not traceable: the model (Locked): it cannot be copied: TypeError: cannot pickle '_thread.lock' object"
+    ]
+    assert set(traced.graphs) == {"conv", "body"}
+    blockers = {site.name: site.blocker for site in traced.sites}
+    assert blockers.keys() == {"conv", "body.0", "body.2", "conv3d"}
+    assert "cannot pickle '_thread.lock' object" in blockers["conv3d"]
+
+
+def test_around_what_cannot_be_copied_the_path_is_known():
+    model = Outer()
+    seen = []
+    model.locked.body.register_forward_hook(lambda *_: seen.append("hook"))
+    traced = trace(model)
+    assert [each.name for each in traced.opaque] == ["locked"]
+    assert set(traced.graphs) == {"", "locked.conv", "locked.body"}
+    assert roles(model) == {"stem": {"first"}, "head": {"last"}}
+    assert model.locked.calls == 0
+    assert len(model.locked.body._forward_hooks) == 1
+    assert seen == []
+
+
+@pytest.mark.parametrize("build", [Locked, Outer])
+def test_what_cannot_be_copied_is_converted_in_place(build):
+    model = build()
+    x = torch.randn(1, 2, 2, 2, 2)
+    names = [site.name for site in trace(model).sites if site.kind == "Conv3d"]
+    plan = qconvert.plan(model, IDENTITY)
+    assert [decision.site.name for decision in plan.decisions if decision.convert] == names
+    expected = model(x)
+    converted = qconvert.binarize(model, IDENTITY, inplace=True, report=False)
+    assert converted is model
+    assert all(isinstance(model.get_submodule(name), QConv3d) for name in names)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("settings", [{"report": False}, {"inplace": True}, {"inplace": True, "calibration_data": [0]}])
+def test_what_needs_a_copy_says_how_to_do_without(settings):
+    model = Outer()
+    message = r"copy\.deepcopy\(Outer\) fails: TypeError: cannot pickle '_thread.lock'.*inplace=True, report=False"
+    with pytest.raises(ModelError, match=message):
+        qconvert.binarize(model, IDENTITY, **settings)
+    assert not any(isinstance(module, QConv3d) for module in model.modules())
+
+
+def test_a_count_of_what_cannot_be_copied_says_so():
+    with pytest.raises(ModelError, match=r"copy\.deepcopy\(Outer\) fails"):
+        qconvert.profile(Outer(), torch.zeros(1, 2, 2, 2, 2))
+
+
+def test_a_generator_and_a_method_that_refuses_to_copy():
+    class Refuses(nn.Sequential):
+        def __deepcopy__(self, memo):
+            raise NotImplementedError("never\nat all")
+
+    stream = nn.Sequential(nn.Conv3d(1, 1, 1))
+    stream.stream = (value for value in ())
+    reasons = [each.reason for each in trace(nn.Sequential(stream, Refuses(nn.Conv3d(1, 1, 1)))).opaque]
+    assert reasons == [
+        "it cannot be copied: TypeError: cannot pickle 'generator' object",
+        "it cannot be copied: NotImplementedError: never",
+    ]

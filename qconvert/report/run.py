@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..errors import InputError
+from ..errors import InputError, ModelError
 from ..example import arguments, does_not_run
 from ..rng import preserved_rng
 from ..trace import copied, drop_foreign_hooks
@@ -95,6 +95,7 @@ def run(model: nn.Module, example_inputs: Any) -> Runs:
 
     Raises:
         InputError: if the model does not run on the inputs.
+        ModelError: if the model cannot be copied.
     """
     with preserved_rng(), _decomposed_attention():
         try:
@@ -103,6 +104,8 @@ def run(model: nn.Module, example_inputs: Any) -> Runs:
             inputs = pytree.tree_map_only(Tensor, torch.clone, example_inputs)
             try:
                 return _watched(copied(model), inputs)
+            except ModelError:
+                raise
             except Exception as error:
                 raise InputError(does_not_run(model, example_inputs, error)) from error
 

@@ -38,8 +38,8 @@ class Signal:
     Attributes:
         input: what it reads.
         output: what it puts out.
-        otherwise: what it reads in the other mode, if that differs: behind a BatchNorm that has never been trained, which
-            normalises in training and does next to nothing in evaluation.
+        otherwise: what it reads in training, of a model in evaluation mode that has never been trained: its BatchNorms do
+            next to nothing yet, and will normalise.
     """
 
     input: Distribution
@@ -48,7 +48,7 @@ class Signal:
 
     @cached_property
     def anytime(self) -> Distribution:
-        """What it reads, whether the model trains or not: seven times as often what it is in the mode that it is in."""
+        """What it reads, now or in training: seven times as often what it is now."""
         return self.input if self.otherwise is None else mixture([self.input, self.otherwise], (7, 1))
 
 
@@ -61,8 +61,8 @@ def signals(traced: Traced, size: Size = USUAL_SIZE) -> dict[str, Signal]:
         size: depth, height and width of the model's input. It says how much of what a convolution reads is border.
     """
     modes = [traced.model.training]
-    if any(map(is_untrained, traced.model.modules())):
-        modes.append(not traced.model.training)
+    if not traced.model.training and any(map(is_untrained, traced.model.modules())):
+        modes.append(True)
     with weights_at_rest(traced.model):
         now, *other = (_Walk(traced, training, size) for training in modes)
     return {

@@ -10,6 +10,7 @@ import torch
 from models import Entry, PlainList, SharedModule, StandardizedModel, TiedParameter, run, seeded
 from small import CHANNELS
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils import _pytree as pytree
 from zoo import ZOO
 
@@ -148,7 +149,7 @@ def test_the_converted_model_is_the_users_own(case: Case):
     assert [name for name, _ in converted.named_modules() if name in names] == names
     for name, module in case.model.named_modules():
         twin = converted.get_submodule(name)
-        assert isinstance(twin, type(module)), name
+        assert isinstance(twin, type_before_parametrizations(module)), name
         assert twin.training == module.training, name
         assert len(twin._forward_hooks) == len(module._forward_hooks), name
         assert len(twin._forward_pre_hooks) == len(module._forward_pre_hooks), name
