@@ -38,14 +38,16 @@ def convolved(
         rows = quantize(rows).float().view(groups, -1, rows.shape[1])
         sums = [torch.bmm(part, each.view(groups, -1, 1)) for part, each in ((rows, mean), (rows * rows, variance))]
         return sums[0].flatten().cpu(), sums[1].flatten().cpu()
-    means, variances = [], []
-    parts = torch.split(rows, max(1, _SLICE // max(1, rows.shape[1])))
-    scratch = torch.empty(parts[0].shape, dtype=torch.float32, device=rows.device)  # fresh memory costs the most time
-    for part in parts:
-        wide = quantize(part).float()
-        means.append(wide @ mean)
-        variances.append(torch.mul(wide, wide, out=scratch[: len(part)]) @ variance)
-    return torch.cat(means).cpu(), torch.cat(variances).cpu()
+    per_slice = max(1, _SLICE // max(1, rows.shape[1]))
+    # all memory at once: small tensors between the slices' would keep their places from being used again
+    means, variances = torch.empty(2, len(rows), dtype=torch.float32, device=rows.device)
+    scratch = torch.empty(min(per_slice, len(rows)), rows.shape[1], dtype=torch.float32, device=rows.device)
+    for start in range(0, len(rows), per_slice):
+        part = slice(start, start + per_slice)
+        wide = quantize(rows[part]).float()
+        torch.mv(wide, mean, out=means[part])
+        torch.mv(torch.mul(wide, wide, out=scratch[: len(wide)]), variance, out=variances[part])
+    return means.cpu(), variances.cpu()
 
 
 def bordered(mean: Tensor, variance: Tensor, inside: float, border: float) -> tuple[Tensor, Tensor]:

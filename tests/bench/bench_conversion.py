@@ -15,7 +15,7 @@ from torchvision.models.video import r3d_18
 
 import qconvert
 
-CONVERSION_BAR = 2.5  # out-of-place binarize(report=False) in units of copy.deepcopy
+CONVERSION_BAR = 4.0  # out-of-place binarize(report=False) in units of copy.deepcopy
 MEMORY_BAR = 0.05  # most memory that a conversion in place takes on top of the model, in units of the model's
 REPORT_BAR = 1.0  # the before/after report in units of one fvcore count of the float model
 
@@ -23,7 +23,8 @@ REPORT_BAR = 1.0  # the before/after report in units of one fvcore count of the 
 def main() -> int:
     """Print both tables; exit with 1 if a bar is missed."""
     logging.disable(logging.WARNING)  # fvcore names every operator that it skips
-    model = r3d_18().eval()
+    memory = show_memory(with_statistics(r3d_18()))  # first: later what others have freed would be used again, unseen
+    model = with_statistics(r3d_18())
     rules = qconvert.load_rules("r3d_18")
     x = torch.zeros(1, 3, 16, 112, 112)
     converted = qconvert.binarize(model, rules, report=False)
@@ -44,7 +45,14 @@ def main() -> int:
         },
         rounds=15,
     )
-    return max(show(conversion, CONVERSION_BAR), show(report, REPORT_BAR), show_memory(r3d_18().eval()))
+    return max(show(conversion, CONVERSION_BAR), show(report, REPORT_BAR), memory)
+
+
+@torch.no_grad()
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Return the model in evaluation mode, with running statistics, as a pretrained one has them."""
+    model.train()(torch.randn(2, 3, 4, 32, 32))
+    return model.eval()
 
 
 def show(ratios: list[Ratio], bar: float) -> int:
@@ -58,6 +66,8 @@ def show(ratios: list[Ratio], bar: float) -> int:
 
 def show_memory(model: nn.Module) -> int:
     """Print what a conversion in place allocates at most, on top of the model; return 0 if it is below the bar."""
+    small = nn.Sequential(nn.Conv3d(16, 16, 3), nn.BatchNorm3d(16), nn.ReLU(), nn.Conv3d(16, 16, 3), nn.Conv3d(16, 16, 3))
+    qconvert.binarize(small, "default", report=False)  # what a first conversion imports is not the model's
     size = sum(parameter.nbytes for parameter in model.parameters())
     gc.collect()
     before = _resident("VmRSS")
