@@ -73,10 +73,15 @@ class QActivation(nn.Module):
             x = x - self.threshold.view(-1, 1, 1, 1)
         if self.spread is not None:
             x = x / self.spread.view(-1, 1, 1, 1)
-        if self.gradient_cancellation_threshold is not None and self.gradient_cancellation_threshold > 0:
-            x = gradient_window(x, float(self.gradient_cancellation_threshold))
+        if self.window > 0:
+            x = gradient_window(x, self.window)
         quantized: Tensor = self.activation_function(x)
         return quantized
+
+    @property
+    def window(self) -> float:
+        """Half-width of the window; 0 is off."""
+        return float(self.gradient_cancellation_threshold or 0)
 
     def extra_repr(self) -> str:
         """Show the window and whether there are thresholds and spreads."""

@@ -11,6 +11,7 @@ from ..derived import below_parametrizations
 from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
 from .computed import is_trained
+from .fused import fused
 from .qactivation import QActivation
 from .subclass import obstacle, own_state, quantized_class
 
@@ -39,7 +40,9 @@ def conv3d(
     Where ``pad_value`` is 0 the convolution's own padding is used, and nothing is copied then, nor where nothing is padded.
     """
     if pad_value != 0.0 and padding not in (0, (0, 0, 0), "valid"):
-        input = F.pad(input, _padding_amounts(padding, weight, dilation), value=pad_value)  # noqa: A001
+        # one size after the other: under torch.fx the shape is a Proxy, which cannot be iterated over
+        kernel_size = tuple(weight.shape[dim] for dim in (-3, -2, -1))
+        input = F.pad(input, _padding_amounts(padding, kernel_size, dilation), value=pad_value)  # noqa: A001
         padding = 0
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -54,14 +57,12 @@ def per_channel(output: Tensor, scale: Tensor | None, *summands: Tensor | None) 
     return output
 
 
-def _padding_amounts(padding: str | Size, weight: Tensor, dilation: Size) -> list[int]:
+def _padding_amounts(padding: str | Size, kernel_size: tuple[int, ...], dilation: Size) -> list[int]:
     """Return (left W, right W, left H, right H, left D, right D), the order of F.pad, in values."""
     if padding == "valid":
         return [0] * 6
     if padding == "same":
-        # one size after the other: under torch.fx the shape is a Proxy, which cannot be iterated over
-        sizes = [weight.shape[dim] for dim in (-3, -2, -1)]
-        totals = [step * (size - 1) for step, size in zip(_triple(dilation), sizes, strict=True)]
+        totals = [step * (size - 1) for step, size in zip(_triple(dilation), kernel_size, strict=True)]
         # an even kernel takes the odd value on the right, as torch does
         return [amount for total in reversed(totals) for amount in (total // 2, total - total // 2)]
     amounts = _triple(padding)  # type: ignore[arg-type]  # no other words are valid
@@ -225,7 +226,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         """Return ``x`` with its border, as the convolution sees it."""
         if self.padding_mode != "zeros":
             return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return F.pad(x, _padding_amounts(self.padding, self.weight, self.dilation), value=self.pad_value)
+        return F.pad(x, _padding_amounts(self.padding, self.kernel_size, self.dilation), value=self.pad_value)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
         # here, not in forward: a subclass may end in super().forward(x) or in self._conv_forward(x, weight, bias)
@@ -354,4 +355,40 @@ class QConv3d(QConv3d_NoAct):
             self.pad_value = default_pad_value(self.activation.activation_function)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
-        return super()._conv_forward(self.activation(input), weight, bias)
+        if not self._runs_fused:
+            return super()._conv_forward(self.activation(input), weight, bias)
+        inputs, weights, window = self.activation.activation_function, self._weight_quantize, self.activation.window
+        output: Tensor = fused(
+            input,
+            weight,
+            self.activation.threshold,
+            self.activation.spread,
+            self.scale,
+            self.offset,
+            bias,
+            inputs.operator,
+            [float(each) for each in inputs.operator_settings],
+            weights.operator,
+            [float(each) for each in weights.operator_settings],
+            window,
+            self.stride,
+            _padding_amounts(self.padding, self.kernel_size, self.dilation),
+            self.pad_value,
+            self.dilation,
+            self.groups,
+        )
+        return output
+
+    @property
+    def _runs_fused(self) -> bool:
+        """Whether a step of training is one operator: a compiler makes its own, and hooks see what lies between."""
+        parts = (self.activation, self.activation.activation_function, self._weight_quantize)
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and self.padding_mode == "zeros"
+            and type(self.activation) is QActivation
+            and all(type(part).quantize is Quantization.quantize and part.operator is not None for part in parts[1:])
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        )

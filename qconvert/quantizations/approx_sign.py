@@ -25,8 +25,5 @@ class ApproxSign(BinaryQuantization):
     """
 
     name = "approxsign"
+    operator = "approx_sign"
     elementwise = True
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return the sign of ``x``."""
-        return approx_sign(x)

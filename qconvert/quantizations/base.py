@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizerError
+from .operators import FORMULAS
 
 MAX_BITS = 16
 """Widest quantizer: 2**16 - 1 levels are still exact integers in float32 arithmetic."""
@@ -22,11 +23,13 @@ class Quantization(nn.Module):
         name: the name under which rule files and layers find the quantizer.
         bit_width: bits that one quantized value needs in storage (32 for a quantizer that changes nothing).
         elementwise: whether a quantized value depends on no other value, so that a tensor may be quantized part by part.
+        operator: name of the registered operator that `quantize` runs; None for a class that defines `quantize` itself.
     """
 
     name: ClassVar[str] = "none"
     bit_width: int = -1
     elementwise: ClassVar[bool] = False
+    operator: str | None = None
 
     @property
     def bitwidth(self) -> int:
@@ -40,7 +43,14 @@ class Quantization(nn.Module):
         Raises:
             NotImplementedError: if a subclass does not define it.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no quantize()")
+        if self.operator is None:
+            raise NotImplementedError(f"{type(self).__name__} defines no quantize()")
+        return FORMULAS[self.operator].operator(x, *self.operator_settings)
+
+    @property
+    def operator_settings(self) -> tuple[float, ...]:
+        """The operator's arguments beside the tensor."""
+        return ()
 
     def start_from(self, weight: Tensor) -> None:
         """Set what the quantizer learns to its starting value for these weights. Nothing by default."""

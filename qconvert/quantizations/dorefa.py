@@ -40,15 +40,17 @@ class WeightDoReFa(Quantization):
     """
 
     name = "weightdorefa"
+    operator = "weight_dorefa"
     bit_width = 1
 
     def __init__(self, bits: int = 1) -> None:
         super().__init__()
         self.bit_width = check_bits(bits, self.name)
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return ``x`` on 2**bits evenly spaced values in [-1, 1]."""
-        return weight_dorefa(x, 2**self.bit_width - 1)
+    @property
+    def operator_settings(self) -> tuple[float, ...]:
+        """The highest level."""
+        return (2**self.bit_width - 1,)
 
 
 class InputDoReFa(Quantization):
@@ -66,6 +68,7 @@ class InputDoReFa(Quantization):
     """
 
     name = "inputdorefa"
+    operator = "input_dorefa"
     elementwise = True
     bit_width = 1
 
@@ -73,6 +76,7 @@ class InputDoReFa(Quantization):
         super().__init__()
         self.bit_width = check_bits(bits, self.name)
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return ``x`` on 2**bits evenly spaced values in [0, 1]."""
-        return input_dorefa(x, 2**self.bit_width - 1)
+    @property
+    def operator_settings(self) -> tuple[float, ...]:
+        """The highest level."""
+        return (2**self.bit_width - 1,)

@@ -8,11 +8,33 @@ Every operator maps a tensor to one of the same shape, dtype and memory format.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The arithmetic of an operator, for a layer that runs it as a part of its own.
+
+    Attributes:
+        operator: the registered operator, or a function of torch's.
+        forward: ``forward(x, *settings)``.
+        gradient: ``gradient(grad_output, x, *settings)``; None is dy/dx = 1.
+        elementwise: whether a value depends on no other value of the tensor.
+    """
+
+    operator: Callable[..., Tensor]
+    forward: Callable[..., Tensor]
+    gradient: Callable[..., Tensor] | None
+    elementwise: bool
+
+
+FORMULAS: dict[str, Formula] = {}
+"""Every quantizer's formula, by the name of its operator."""
 
 
 def quantizer_operator(
@@ -57,6 +79,7 @@ def quantizer_operator(
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=keep)
     operator.register_vmap(vmap)
+    FORMULAS[name] = Formula(operator, forward, gradient, elementwise)
     return operator
 
 

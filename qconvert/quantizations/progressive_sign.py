@@ -8,7 +8,6 @@ from torch import Tensor
 from ..errors import QuantizerError
 from .base import BinaryQuantization
 from .operators import quantizer_operator
-from .sign import sign
 
 EPSILON = 1e-7
 """Narrowest half-width of the ramp: at temperature 1 the division stays finite."""
@@ -69,8 +68,12 @@ class ProgressiveSign(BinaryQuantization):
             return self.custom_transform(self.scale)
         return float(1 - self.alpha ** (-self.beta * self.scale))
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return the ramp of ``x`` in training, its sign in evaluation."""
-        if self.training:
-            return ramp(x, max(1.0 - self.temperature, EPSILON))
-        return sign(x)
+    @property
+    def operator(self) -> str:  # type: ignore[override]
+        """The ramp in training, the sign in evaluation."""
+        return "ramp" if self.training else "sign"
+
+    @property
+    def operator_settings(self) -> tuple[float, ...]:
+        """The half-width of the ramp."""
+        return (max(1.0 - self.temperature, EPSILON),) if self.training else ()

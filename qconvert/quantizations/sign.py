@@ -26,8 +26,5 @@ class Sign(BinaryQuantization):
     """
 
     name = "sign"
+    operator = "sign"
     elementwise = True
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return the sign of ``x``."""
-        return sign(x)

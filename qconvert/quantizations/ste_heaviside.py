@@ -28,8 +28,5 @@ class SteHeaviside(BinaryQuantization):
     """
 
     name = "steheaviside"
+    operator = "ste_heaviside"
     elementwise = True
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return +1 where ``x`` is positive, -1 elsewhere."""
-        return ste_heaviside(x)

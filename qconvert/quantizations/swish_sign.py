@@ -37,6 +37,7 @@ class SwishSign(BinaryQuantization):
     """
 
     name = "swishsign"
+    operator = "swish_sign"
     elementwise = True
 
     def __init__(self, beta: float = 5.0) -> None:
@@ -45,6 +46,7 @@ class SwishSign(BinaryQuantization):
             raise QuantizerError(f"swishsign: beta must be above 0, got {beta!r}")
         self.beta = beta
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return the sign of ``x``."""
-        return swish_sign(x, float(self.beta))
+    @property
+    def operator_settings(self) -> tuple[float, ...]:
+        """The steepness."""
+        return (float(self.beta),)

@@ -31,8 +31,5 @@ class Ternary(Quantization):
     """
 
     name = "ternary"
+    operator = "ternary"
     bit_width = 2
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return ``x`` on the three values -a, 0, +a."""
-        return ternary(x)
