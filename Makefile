@@ -17,6 +17,7 @@ test: $(VENV)/.test ## lint, types, documentation and every test
 
 bench: $(VENV)/.test ## speed, as ratios measured side by side
 	$(BIN)/python tests/bench/bench_conversion.py
+	$(BIN)/python tests/bench/bench_step.py
 
 zoo: $(VENV)/.test ## what a conversion does to every model that the tests run, written to docs/zoo.md
 	$(BIN)/python tests/zoo/table.py

@@ -13,7 +13,10 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from ..quantizations.operators import FORMULAS, Formula
+from ..quantizations.operators import FORMULAS, Formula, spell_out
+
+_INPUTS = 5
+"""Place of the input quantizer's name behind input and weight."""
 
 
 def _forward(
@@ -49,6 +52,7 @@ def _forward(
 
 fused = torch.library.custom_op("qconvert::quantized_conv3d", _forward, mutates_args=())
 fused.register_fake(_forward)
+spell_out("quantized_conv3d", _forward)
 
 
 def _in_units(x: Tensor, threshold: Tensor | None, spread: Tensor | None) -> Tensor:
@@ -61,7 +65,7 @@ def _in_units(x: Tensor, threshold: Tensor | None, spread: Tensor | None) -> Ten
 def _padded(codes: Tensor, border: Sequence[int], pad_value: float) -> tuple[Tensor, Sequence[int]]:
     """Return the codes with their border, and the padding that is left to the convolution."""
     left, right = border[::2], border[1::2]
-    if pad_value == 0.0 and left == right:
+    if left == right and (pad_value == 0.0 or not any(left)):
         return codes, left[::-1]
     return F.pad(codes, border, value=pad_value), (0, 0, 0)
 
@@ -109,7 +113,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight = _through(FORMULAS[weights], grad_quantized, weight, weight_settings)
     grad_summand = _per_channel_sum(grad_output) if of_offset or of_bias else None
     grads = (grad_x, grad_weight, grad_threshold, None, grad_scale, grad_summand, grad_summand)
-    return *grads, *[None] * len(ctx.settings)
+    needed = zip(grads, ctx.needs_input_grad, strict=False)
+    return *(grad if is_needed else None for grad, is_needed in needed), *[None] * len(ctx.settings)
 
 
 def _convolution_backward(
@@ -158,6 +163,22 @@ def _per_channel_sum(values: Tensor) -> Tensor:
 
 
 fused.register_autograd(_backward, setup_context=_keep)
+
+
+@fused.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    inputs = FORMULAS[rest[_INPUTS]]
+    if in_dims[0] is not None and not any(isinstance(dim, int) for dim in in_dims[1:]) and inputs.elementwise:
+        x = x.movedim(in_dims[0], 0)
+        if x.dim() == weight.dim():
+            return fused(x, weight, *rest), 0
+        return fused(x.flatten(0, 1), weight, *rest).unflatten(0, x.shape[:2]), 0
+    args = (x, weight, *rest)
+    samples = (
+        [arg.select(dim, n) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)]
+        for n in range(info.batch_size)
+    )
+    return torch.stack([fused(*sample) for sample in samples]), 0
 
 
 @register_flop_formula(torch.ops.qconvert.quantized_conv3d)

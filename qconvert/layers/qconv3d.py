@@ -381,13 +381,13 @@ class QConv3d(QConv3d_NoAct):
 
     @property
     def _runs_fused(self) -> bool:
-        """Whether a step of training is one operator: a compiler makes its own, and hooks see what lies between."""
+        """Whether a step of training is one operator: hooks, and quantizers of other kinds, see what lies between."""
         parts = (self.activation, self.activation.activation_function, self._weight_quantize)
         return (
             self.training
             and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
             and self.padding_mode == "zeros"
+            and not isinstance(self._weight_quantize, Identity)
             and type(self.activation) is QActivation
             and all(type(part).quantize is Quantization.quantize and part.operator is not None for part in parts[1:])
             and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)

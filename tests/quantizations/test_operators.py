@@ -48,7 +48,7 @@ def test_every_operator_is_tested():
         importlib.import_module(f"{p.__name__}.{file.name}") for p in packages for file in pkgutil.iter_modules(p.__path__)
     ]
     operators = {value._name for file in files for value in vars(file).values() if isinstance(value, CustomOpDef)}
-    assert operators == set(OPERATORS)
+    assert operators == {*OPERATORS, "quantized_conv3d"}  # of a whole layer: tests/layers/test_fused.py
 
 
 def check(name, x, **options):

