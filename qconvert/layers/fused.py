@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from ..quantizations.operators import FORMULAS, Formula, spell_out
+from ..quantizations.operators import FORMULAS, Formula
 
 _INPUTS = 5
 """Place of the input quantizer's name behind input and weight."""
@@ -42,24 +42,27 @@ def _forward(
     quantized = FORMULAS[weights].forward(weight, *weight_settings)
     padded, padding = _padded(codes, border, pad_value)
     output = F.conv3d(padded, quantized, None, stride, padding, dilation, groups)
+    # under autocast what the convolution puts out is of fewer bits than its factor
+    factors = [each for each in (scale, offset, bias) if each is not None]
+    output = output.to(torch.promote_types(output.dtype, factors[0].dtype)) if factors else output
     if scale is not None:
-        output = output * _column(scale)
+        output.mul_(_column(scale))
     for summand in (offset, bias):
         if summand is not None:
-            output = output + _column(summand)
+            output.add_(_column(summand))
     return output
 
 
 fused = torch.library.custom_op("qconvert::quantized_conv3d", _forward, mutates_args=())
 fused.register_fake(_forward)
-spell_out("quantized_conv3d", _forward)
 
 
 def _in_units(x: Tensor, threshold: Tensor | None, spread: Tensor | None) -> Tensor:
     """Return the input in the units of its quantizer."""
-    if threshold is not None:
-        x = x - _column(threshold)
-    return x if spread is None else x / _column(spread)
+    if threshold is None:
+        return x if spread is None else x / _column(spread)
+    units = x - _column(threshold)
+    return units if spread is None else units.div_(_column(spread))
 
 
 def _padded(codes: Tensor, border: Sequence[int], pad_value: float) -> tuple[Tensor, Sequence[int]]:
@@ -100,8 +103,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = grad_threshold = grad_scale = None
     if grad_codes is not None:
         grad_x = _through(FORMULAS[inputs], grad_codes.to(units.dtype), units, input_settings)
-        if window > 0:
-            grad_x = grad_x.masked_fill((units.abs() <= window).logical_not_(), 0.0)
+        if 0 < window < FORMULAS[inputs].reach:
+            grad_x = _through(FORMULAS["gradient_window"], grad_x, units, (window,))
         grad_x = grad_x if spread is None else grad_x / _column(spread)
         grad_threshold = -_per_channel_sum(grad_x) if of_threshold else None
         grad_x = grad_x.to(x.dtype)
@@ -151,7 +154,10 @@ def _convolution_backward(
     if grad_padded is None:
         return None, grad_weight
     grad_codes = grad_padded[0] if is_single else grad_padded
-    return (grad_codes if padded.shape[2:] == codes.shape[-3:] else F.pad(grad_codes, [-n for n in border])), grad_weight
+    if padded.shape[2:] == codes.shape[-3:]:
+        return grad_codes, grad_weight
+    inner = [slice(left, left + size) for left, size in zip(border[-2::-2], codes.shape[-3:], strict=True)]
+    return grad_codes[..., inner[0], inner[1], inner[2]], grad_weight
 
 
 def _through(formula: Formula, grad_output: Tensor, x: Tensor, settings: Sequence[float]) -> Tensor:

@@ -381,11 +381,12 @@ class QConv3d(QConv3d_NoAct):
 
     @property
     def _runs_fused(self) -> bool:
-        """Whether a step of training is one operator: hooks, and quantizers of other kinds, see what lies between."""
+        """Whether a step of training is one operator: not where hooks, ONNX or other quantizers see what lies between."""
         parts = (self.activation, self.activation.activation_function, self._weight_quantize)
         return (
             self.training
             and torch.is_grad_enabled()
+            and not torch.onnx.is_in_onnx_export()
             and self.padding_mode == "zeros"
             and not isinstance(self._weight_quantize, Identity)
             and type(self.activation) is QActivation

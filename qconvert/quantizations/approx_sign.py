@@ -9,11 +9,10 @@ from .sign import binary
 
 
 def _triangle(grad_output: Tensor, x: Tensor) -> Tensor:
-    magnitude = torch.abs(x)
-    return (2.0 - 2.0 * magnitude) * (magnitude <= 1) * grad_output
+    return torch.abs(x).mul_(-2.0).add_(2.0).clamp_(min=0.0) * grad_output
 
 
-approx_sign = quantizer_operator("approx_sign", binary, _triangle)
+approx_sign = quantizer_operator("approx_sign", binary, _triangle, reach=1.0)
 
 
 class ApproxSign(BinaryQuantization):

@@ -7,6 +7,7 @@ formula attached, for torch.fx, torch.compile and torch.export alike.
 Every operator maps a tensor to one of the same shape, dtype and memory format.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,14 @@ class Formula:
         forward: ``forward(x, *settings)``.
         gradient: ``gradient(grad_output, x, *settings)``; None is dy/dx = 1.
         elementwise: whether a value depends on no other value of the tensor.
+        reach: the gradient is 0 for every |x| above it.
     """
 
     operator: Callable[..., Tensor]
     forward: Callable[..., Tensor]
     gradient: Callable[..., Tensor] | None
     elementwise: bool
+    reach: float = math.inf
 
 
 FORMULAS: dict[str, Formula] = {}
@@ -43,6 +46,7 @@ def quantizer_operator(
     gradient: Callable[..., Tensor] | None = None,
     *,
     elementwise: bool = True,
+    reach: float = math.inf,
 ) -> Callable[..., Tensor]:
     """Register ``forward(x, *settings)`` with its gradient under the name ``qconvert::name``.
 
@@ -52,6 +56,7 @@ def quantizer_operator(
         gradient: ``gradient(grad_output, x, *settings)``. None is the plain straight-through estimator, dy/dx = 1
             (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), which keeps nothing for the backward pass.
         elementwise: whether a value depends on no other value of the tensor, so that a batch under vmap is one tensor.
+        reach: the gradient is 0 for every |x| above it.
     """
     operator = torch.library.custom_op(f"qconvert::{name}", forward, mutates_args=())
 
@@ -79,7 +84,7 @@ def quantizer_operator(
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=keep)
     operator.register_vmap(vmap)
-    FORMULAS[name] = Formula(operator, forward, gradient, elementwise)
+    FORMULAS[name] = Formula(operator, forward, gradient, elementwise, reach)
     return operator
 
 

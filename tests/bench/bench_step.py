@@ -74,9 +74,11 @@ def with_bitorch(model: nn.Module) -> nn.Module:
     for decision in qconvert.plan(model, "default").converted:
         conv = swapped.get_submodule(decision.site.name)
         layer = bitorch.layers.QConv3d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, input_quantization="approxsign", weight_quantization="sign",
-        )  # fmt: skip
+            *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups),
+            bias=conv.bias is not None,
+            input_quantization="approxsign",
+            weight_quantization="sign",
+        )
         swapped.set_submodule(decision.site.name, layer)
     return swapped
 
