@@ -81,8 +81,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, threshold, spread, scale, _, _, *ctx.settings = inputs
     ctx.save_for_backward(x, weight, threshold, spread, scale)
     device = output.device.type
-    # in which the convolution has run
-    ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    ctx.dtype = torch.get_autocast_dtype(device) if is_cast else weight.dtype  # in which the convolution has run
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,5 @@
 """`QActivation`: the input side of a quantized layer."""
 
-import math
 from typing import Any
 
 import torch
@@ -16,11 +15,7 @@ def _gradient_window(x: Tensor, threshold: float) -> Tensor:
 
 
 def _inside(grad_output: Tensor, x: Tensor, threshold: float) -> Tensor:
-    # hardtanh's gradient, one pass over memory, is that of an open interval: it ends at the next number
-    ends = torch.tensor([threshold, math.inf], dtype=x.dtype)
-    beyond = torch.nextafter(ends[0], ends[1]).item()
-    inside: Tensor = torch.ops.aten.hardtanh_backward(grad_output, x, -beyond, beyond)
-    return inside
+    return torch.where(torch.abs(x) <= threshold, grad_output, 0.0)
 
 
 gradient_window = quantizer_operator("gradient_window", _gradient_window, _inside)
