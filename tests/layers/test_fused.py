@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from kept import kept_bytes
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -134,31 +135,15 @@ def test_what_is_frozen_gets_no_gradient(frozen: str):
     assert [name for name, gradient in gradients.items() if gradient is None] == [frozen]
 
 
-def saved_bytes(run: nn.Module, x: Tensor) -> int:
-    """Return the memory that a forward keeps for its backward pass, each storage once, Parameters not counted."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in run.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run(x)
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("pad_value", [-1.0, 0.0])
 def test_keeps_what_a_float_convolution_keeps(pad_value: float):
     made, conv = layer(pad_value=pad_value, **LEARNED), nn.Conv3d(CHANNELS, 4, 3, padding=1)
     x = clip(2, CHANNELS, 8, 16, 16).requires_grad_()
     spread = 4 * CHANNELS
-    assert saved_bytes(conv, x) == x.untyped_storage().nbytes()
-    assert saved_bytes(made, x) == saved_bytes(conv, x) + spread
+    assert kept_bytes(conv, x) == x.untyped_storage().nbytes()
+    assert kept_bytes(made, x) == kept_bytes(conv, x) + spread
     with written_out(made):
-        assert saved_bytes(made, x) > 2.5 * saved_bytes(conv, x)
+        assert kept_bytes(made, x) > 2.5 * kept_bytes(conv, x)
 
 
 def test_of_a_network_keeps_next_to_nothing_more():
@@ -169,7 +154,7 @@ def test_of_a_network_keeps_next_to_nothing_more():
     plain = network(*(nn.Conv3d(8, 8, 3, padding=1) for _ in range(3)))
     settings = {"threshold": 0.1, "spread": 1.0, "scale": "channel", "offset": 0.0}
     quantized = network(*(QConv3d(8, 8, 3, padding=1, **settings) for _ in range(3)))
-    assert saved_bytes(quantized, x) <= 1.01 * saved_bytes(plain, x)
+    assert kept_bytes(quantized, x) <= 1.01 * kept_bytes(plain, x)
 
 
 class Doubled(Quantization):
