@@ -14,8 +14,8 @@ def _gradient_window(x: Tensor, threshold: float) -> Tensor:
     return x.clone()
 
 
-def _inside(grad_output: Tensor, x: Tensor, threshold: float) -> Tensor:
-    return torch.where(torch.abs(x) <= threshold, grad_output, 0.0)
+def _inside(x: Tensor, threshold: float) -> Tensor:
+    return x.abs_().le_(threshold)
 
 
 gradient_window = quantizer_operator("gradient_window", _gradient_window, _inside)

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from .base import BinaryQuantization
 from .operators import quantizer_operator
-from .sign import binary
+from .sign import binary, not_below
 
 
-def _triangle(grad_output: Tensor, x: Tensor) -> Tensor:
-    return torch.abs(x).mul_(-2.0).add_(2.0).clamp_(min=0.0) * grad_output
+def _triangle(x: Tensor) -> Tensor:
+    return x.abs_().mul_(-2.0).add_(2.0).clamp_(min=0.0)
 
 
-approx_sign = quantizer_operator("approx_sign", binary, _triangle, reach=1.0)
+approx_sign = quantizer_operator("approx_sign", binary, _triangle, reach=1.0, bit=not_below)
 
 
 class ApproxSign(BinaryQuantization):

@@ -24,16 +24,19 @@ class Formula:
     Attributes:
         operator: the registered operator, or a function of torch's.
         forward: ``forward(x, *settings)``.
-        gradient: ``gradient(grad_output, x, *settings)``; None is dy/dx = 1.
+        slope: ``slope(x, *settings)``, dy/dx; it may be written over ``x``. None is dy/dx = 1.
         elementwise: whether a value depends on no other value of the tensor.
-        reach: the gradient is 0 for every |x| above it.
+        reach: the slope is 0 for every |x| above it.
+        bit: for a quantizer to -1 and +1, ``bit(x, threshold, out=None)``: whether ``x - threshold`` becomes +1, as bool, or
+            as 0 and 1 in ``out``.
     """
 
     operator: Callable[..., Tensor]
     forward: Callable[..., Tensor]
-    gradient: Callable[..., Tensor] | None
+    slope: Callable[..., Tensor] | None
     elementwise: bool
     reach: float = math.inf
+    bit: Callable[..., Tensor] | None = None
 
 
 FORMULAS: dict[str, Formula] = {}
@@ -43,20 +46,22 @@ FORMULAS: dict[str, Formula] = {}
 def quantizer_operator(
     name: str,
     forward: Callable[..., Tensor],
-    gradient: Callable[..., Tensor] | None = None,
+    slope: Callable[..., Tensor] | None = None,
     *,
     elementwise: bool = True,
     reach: float = math.inf,
+    bit: Callable[..., Tensor] | None = None,
 ) -> Callable[..., Tensor]:
     """Register ``forward(x, *settings)`` with its gradient under the name ``qconvert::name``.
 
     Args:
         name: the operator's name.
         forward: the arithmetic, with type annotations; ``settings`` are numbers.
-        gradient: ``gradient(grad_output, x, *settings)``. None is the plain straight-through estimator, dy/dx = 1
-            (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), which keeps nothing for the backward pass.
+        slope: ``slope(x, *settings)``, dy/dx, which may be written over ``x``. None is the plain straight-through estimator,
+            dy/dx = 1 (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), which keeps nothing for the backward pass.
         elementwise: whether a value depends on no other value of the tensor, so that a batch under vmap is one tensor.
-        reach: the gradient is 0 for every |x| above it.
+        reach: the slope is 0 for every |x| above it.
+        bit: as `Formula.bit`.
     """
     operator = torch.library.custom_op(f"qconvert::{name}", forward, mutates_args=())
 
@@ -65,14 +70,14 @@ def quantizer_operator(
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *ctx.settings = inputs
-        if gradient is not None:
+        if slope is not None:
             ctx.save_for_backward(x)
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         numbers = (None,) * len(ctx.settings)
-        if gradient is None:
+        if slope is None:
             return grad_output, *numbers
-        return gradient(grad_output, *ctx.saved_tensors, *ctx.settings), *numbers
+        return slope(ctx.saved_tensors[0].clone(), *ctx.settings) * grad_output, *numbers
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *settings: float) -> tuple[Tensor, int | None]:
         dim = in_dims[0]
@@ -84,7 +89,7 @@ def quantizer_operator(
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=keep)
     operator.register_vmap(vmap)
-    FORMULAS[name] = Formula(operator, forward, gradient, elementwise, reach)
+    FORMULAS[name] = Formula(operator, forward, slope, elementwise, reach, bit)
     return operator
 
 

@@ -13,7 +13,13 @@ def binary(x: Tensor) -> Tensor:
     return torch.sign(torch.sign(x) + 0.5)
 
 
-sign = quantizer_operator("sign", binary)
+def not_below(x: Tensor, threshold: Tensor | float, out: Tensor | None = None) -> Tensor:
+    """Return where `binary` of ``x - threshold`` is +1."""
+    below = torch.lt(x, threshold, out=out)
+    return below.logical_not_() if out is None else below.eq_(0)  # the one is quick with bool, the other with float
+
+
+sign = quantizer_operator("sign", binary, bit=not_below)
 
 
 class Sign(BinaryQuantization):

@@ -11,11 +11,11 @@ def _ste_heaviside(x: Tensor) -> Tensor:
     return torch.sign(torch.sign(x) - 0.5)  # torch.sign of 0 and of NaN is 0
 
 
-def _window(grad_output: Tensor, x: Tensor) -> Tensor:
-    return grad_output * (torch.abs(x) <= 1)
+def _window(x: Tensor) -> Tensor:
+    return x.abs_().le_(1)
 
 
-ste_heaviside = quantizer_operator("ste_heaviside", _ste_heaviside, _window)
+ste_heaviside = quantizer_operator("ste_heaviside", _ste_heaviside, _window, reach=1.0, bit=torch.gt)
 
 
 class SteHeaviside(BinaryQuantization):

@@ -6,19 +6,19 @@ from torch import Tensor
 from ..errors import QuantizerError
 from .base import BinaryQuantization
 from .operators import quantizer_operator
-from .sign import binary
+from .sign import binary, not_below
 
 
 def _swish_sign(x: Tensor, beta: float) -> Tensor:
     return binary(x)
 
 
-def _swish(grad_output: Tensor, x: Tensor, beta: float) -> Tensor:
+def _swish(x: Tensor, beta: float) -> Tensor:
     scaled = beta * x
-    return (beta * (2 - scaled * torch.tanh(scaled / 2))) / (1 + torch.cosh(scaled)) * grad_output
+    return (beta * (2 - scaled * torch.tanh(scaled / 2))) / (1 + torch.cosh(scaled))
 
 
-swish_sign = quantizer_operator("swish_sign", _swish_sign, _swish)
+swish_sign = quantizer_operator("swish_sign", _swish_sign, _swish, bit=not_below)
 
 
 class SwishSign(BinaryQuantization):
