@@ -16,9 +16,7 @@ _PER_BYTE_MOVED = 40
 _PER_WEIGHT_PACKED = 120
 
 
-def runs_in_bytes(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> bool:
+def runs_in_bytes(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> bool:
     """Return whether `byte_conv3d` runs here, and is quicker than a convolution in float."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or "x86" not in torch.backends.quantized.supported_engines:
         return False

@@ -6,10 +6,11 @@ formula written out is `QConv3d`'s own forward, which runs wherever this does no
 
 Where inputs and weights have 1 bit the convolution reads the input's bits b in place of the codes c = 2 b - 1:
 ``conv(c, w) = 2 conv(b, w) - sum(w)``, whole numbers, so exactly the same. A border of -1 then is one of 0, which is the
-convolution's own padding, and bits are bytes to the processor (see `byte_conv3d`).
+convolution's own padding, and in the forward pass bits can be bytes (see byte_conv.py).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,14 +35,24 @@ class _Geometry(NamedTuple):
     groups: int
 
     @property
-    def own_padding(self) -> Sequence[int] | None:
-        """The border as a convolution takes it, None where it is not the same on both sides."""
-        left, right = self.border[::2], self.border[1::2]
-        return left[::-1] if left == right else None
+    def left(self) -> Sequence[int]:
+        """The border before D, H, W."""
+        return self.border[-2::-2]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the border is the same on both sides, as a convolution's own padding is."""
+        return self.left == self.border[::-2]
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the border has values other than 0."""
+        return self.pad_value != 0.0 and any(self.border)
 
 
-class _Step(NamedTuple):
-    """What a backward pass needs: tensors, quantizers with their settings, and the dtype of the convolution."""
+@dataclass(frozen=True)
+class _Step:
+    """What a step computes with. ``dtype`` is that of the convolution: under autocast not that of the weight."""
 
     x: Tensor
     weight: Tensor
@@ -58,8 +69,51 @@ class _Step(NamedTuple):
 
     @property
     def convolves_bits(self) -> bool:
-        """Whether the convolution reads the input's bits."""
-        return _convolves_bits(self.source, self.target, self.geometry, self.dtype)
+        """Whether the convolution reads the input's bits. In half precision their sums would not be exact."""
+        has_bits = self.source.bit is not None and self.target.bit is not None
+        is_padded = self.geometry.is_even and (self.geometry.pad_value == -1.0 or not any(self.geometry.border))
+        return has_bits and is_padded and self.dtype in {torch.float32, torch.float64}
+
+    def bits(self, out: Tensor | None = None) -> Tensor:
+        """Return where the input's codes are +1. A spread, which is positive, makes no difference."""
+        threshold = 0.0 if self.threshold is None else _column(self.threshold)
+        bits: Tensor = self.source.bit(self.x, threshold, out=out)  # type: ignore[misc]  # only asked for where there are any
+        return bits
+
+    def weight_bits(self, out: Tensor | None = None) -> Tensor:
+        """Return where the quantized weight is +1."""
+        bits: Tensor = self.target.bit(self.weight, 0.0, out=out)  # type: ignore[misc]  # as above
+        return bits
+
+    def units(self, out: Tensor | None = None) -> Tensor:
+        """Return the input in the units of its quantizer, as a tensor of its own."""
+        units = torch.sub(self.x, 0 if self.threshold is None else _column(self.threshold), out=out)
+        return units if self.spread is None else units.div_(_column(self.spread))
+
+    def quantized_weight(self, out: Tensor | None = None) -> Tensor:
+        """Return the quantized weight, in the memory of ``out`` where that can be."""
+        if self.convolves_bits:
+            return self.weight_bits(torch.empty_like(self.weight) if out is None else out).mul_(2).sub_(1)
+        return self.target.forward(self.weight, *self.weight_settings)
+
+    def padded_codes(self) -> tuple[Tensor, Sequence[int]]:
+        """Return the input's codes with their border, and the padding that is left to the convolution."""
+        codes, geometry = self.source.forward(self.units(), *self.input_settings), self.geometry
+        if geometry.is_even and not geometry.is_filled:
+            return codes, geometry.left
+        return F.pad(codes, geometry.border, value=geometry.pad_value), (0, 0, 0)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _step(tensors: Sequence[Any], settings: Sequence[Any], dtype: torch.dtype) -> _Step:
+    """Return the step of the operator's arguments: those that a backward pass needs, and those that are no tensors."""
+    inputs, input_settings, weights, weight_settings, window, *geometry = settings
+    x, weight, threshold, spread, scale = tensors
+    quantizers = (FORMULAS[inputs], input_settings, FORMULAS[weights], weight_settings)
+    return _Step(x, weight, threshold, spread, scale, *quantizers, window, _Geometry(*geometry), dtype)
 
 
 def _forward(
@@ -81,14 +135,14 @@ def _forward(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    geometry = _Geometry(stride, border, pad_value, dilation, groups)
-    source, target = FORMULAS[inputs], FORMULAS[weights]
-    if _convolves_bits(source, target, geometry, _computes_in(x, weight)):
-        output = _of_bits(source, x, threshold, target, weight, geometry)
+    quantizers = (inputs, input_settings, weights, weight_settings, window)
+    settings = (*quantizers, stride, border, pad_value, dilation, groups)
+    step = _step((x, weight, threshold, spread, scale), settings, _computes_in(x, weight))
+    if step.convolves_bits:
+        output = _of_bits(step)
     else:
-        codes = source.forward(_in_units(x, threshold, spread), *input_settings)
-        padded, padding = _padded(codes, geometry)
-        output = F.conv3d(padded, target.forward(weight, *weight_settings), None, stride, padding, dilation, groups)
+        codes, padding = step.padded_codes()
+        output = F.conv3d(codes, step.quantized_weight(), None, stride, padding, dilation, groups)
     # under autocast what the convolution puts out is of fewer bits than its factor
     factors = [each for each in (scale, offset, bias) if each is not None]
     output = output.to(torch.promote_types(output.dtype, factors[0].dtype)) if factors else output
@@ -100,20 +154,6 @@ def _forward(
     return output
 
 
-fused = torch.library.custom_op("qconvert::quantized_conv3d", _forward, mutates_args=())
-
-
-@fused.register_fake
-def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    _, _, *factors = rest[:_INPUTS]
-    geometry = _Geometry(*rest[-len(_Geometry._fields) :])
-    padding = geometry.own_padding
-    x, padding = (F.pad(x, geometry.border), (0, 0, 0)) if padding is None else (x, padding)
-    output = F.conv3d(x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups)
-    dtypes = [factor.dtype for factor in factors if factor is not None]
-    return output.to(torch.promote_types(output.dtype, dtypes[0])) if dtypes else output
-
-
 def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype in which a convolution runs."""
     device = x.device.type
@@ -121,72 +161,35 @@ def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if is_cast else weight.dtype
 
 
-def _convolves_bits(source: Formula, target: Formula, geometry: _Geometry, dtype: torch.dtype) -> bool:
-    """Return whether the convolution may read the input's bits: in half precision their sums would not be exact."""
-    has_bits = source.bit is not None and target.bit is not None and dtype in (torch.float32, torch.float64)
-    return has_bits and geometry.own_padding is not None and (geometry.pad_value == -1.0 or not any(geometry.border))
-
-
-def _of_bits(
-    source: Formula, x: Tensor, threshold: Tensor | None, target: Formula, weight: Tensor, geometry: _Geometry
-) -> Tensor:
+def _of_bits(step: _Step) -> Tensor:
     """Return the convolution of the codes, computed from their bits."""
-    padding = geometry.own_padding
-    if runs_in_bytes(x, weight, geometry.stride, padding, geometry.dilation):
-        bits, weights = _bit(source, x, threshold), _bit(target, weight, None).view(torch.int8).mul_(2).sub_(1)
-        moved = (geometry.stride, padding, geometry.dilation, geometry.groups)
-        return byte_conv3d(bits, weights, *moved, _memory_format(x, weight))
-    quantized = _signs(target, weight)
-    half_sum = quantized.flatten(1).sum(1).mul_(-0.5)
-    bits = _bit(source, x, threshold, torch.empty_like(x))
-    return F.conv3d(bits, quantized, half_sum, geometry.stride, padding, geometry.dilation, geometry.groups).mul_(2)
+    stride, dilation, groups = step.geometry.stride, step.geometry.dilation, step.geometry.groups
+    if runs_in_bytes(step.x, step.weight, stride, step.geometry.left, dilation):
+        weight = step.weight_bits().view(torch.int8).mul_(2).sub_(1)
+        return byte_conv3d(step.bits(), weight, stride, step.geometry.left, dilation, groups, _memory_format(step))
+    weight = step.quantized_weight()
+    half_sum = weight.flatten(1).sum(1).mul_(-0.5)
+    bits = step.bits(torch.empty_like(step.x))
+    return F.conv3d(bits, weight, half_sum, stride, step.geometry.left, dilation, groups).mul_(2)
 
 
-def _memory_format(*tensors: Tensor) -> torch.memory_format:
-    """Return that of what a convolution of the tensors puts out."""
+def _memory_format(step: _Step) -> torch.memory_format:
+    """Return that of what a float convolution puts out."""
     wide = torch.channels_last_3d
-    are_wide = (each.dim() == 5 and each.is_contiguous(memory_format=wide) and not each.is_contiguous() for each in tensors)  # noqa: PLR2004
-    return wide if any(are_wide) else torch.contiguous_format
+    tensors = [each for each in (step.x, step.weight) if each.dim() == step.weight.dim() and not each.is_contiguous()]
+    return wide if any(each.is_contiguous(memory_format=wide) for each in tensors) else torch.contiguous_format
 
 
-def _bit(formula: Formula, x: Tensor, threshold: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Return where the quantizer gives +1, as bool, or as 0 and 1 in ``out``. A positive spread makes no difference."""
-    bits: Tensor = formula.bit(x, 0.0 if threshold is None else _column(threshold), out=out)  # type: ignore[misc]
-    return bits
+fused = torch.library.custom_op("qconvert::quantized_conv3d", _forward, mutates_args=())
 
 
-def _signs(formula: Formula, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the weight as -1 and +1."""
-    return _bit(formula, weight, None, torch.empty_like(weight) if out is None else out).mul_(2).sub_(1)
-
-
-def _reused(scratch: Tensor, like: Tensor) -> Tensor | None:
-    """Return the memory if a tensor like the other fits it."""
-    return scratch if scratch.shape == like.shape and scratch.dtype == like.dtype else None
-
-
-def _quantized_weight(step: _Step, out: Tensor | None = None) -> Tensor:
-    if step.convolves_bits:
-        return _signs(step.target, step.weight, out)
-    return step.target.forward(step.weight, *step.weight_settings)
-
-
-def _in_units(x: Tensor, threshold: Tensor | None, spread: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Return the input in the units of its quantizer, as a tensor of its own."""
-    units = torch.sub(x, 0 if threshold is None else _column(threshold), out=out)
-    return units if spread is None else units.div_(_column(spread))
-
-
-def _padded(codes: Tensor, geometry: _Geometry) -> tuple[Tensor, Sequence[int]]:
-    """Return the codes with their border, and the padding that is left to the convolution."""
-    padding = geometry.own_padding
-    if padding is not None and (geometry.pad_value == 0.0 or not any(padding)):
-        return codes, padding
-    return F.pad(codes, geometry.border, value=geometry.pad_value), (0, 0, 0)
-
-
-def _column(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
+@fused.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    geometry = _Geometry(*rest[-len(_Geometry._fields) :])
+    x, padding = (x, geometry.left) if geometry.is_even else (F.pad(x, geometry.border), (0, 0, 0))
+    output = F.conv3d(x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups)
+    factors = [each for each in rest[2:_INPUTS] if each is not None]
+    return output.to(torch.promote_types(output.dtype, factors[0].dtype)) if factors else output
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -197,70 +200,67 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     of_x, of_weight, of_threshold, _, of_scale, of_offset, of_bias, *others = ctx.needs_input_grad
-    inputs, input_settings, weights, weight_settings, window, *geometry = ctx.settings
-    quantizers = (FORMULAS[inputs], input_settings, FORMULAS[weights], weight_settings)
-    step = _Step(*ctx.saved_tensors, *quantizers, window, _Geometry(*geometry), ctx.dtype)
+    step = _step(ctx.saved_tensors, ctx.settings, ctx.dtype)
     is_single = step.x.dim() < step.weight.dim()  # without a batch
     if is_single:
-        step, grad_output = step._replace(x=step.x[None]), grad_output[None]
-    grad_codes, grad_quantized, *scratch = _convolution_backward(
-        step, grad_output, of_codes=of_x or of_threshold, of_weight=of_weight or of_scale
-    )
+        step, grad_output = replace(step, x=step.x[None]), grad_output[None]
+    through = _convolution_backward(step, grad_output, of_codes=of_x or of_threshold, of_weight=of_weight or of_scale)
     output_sum = _per_channel_sum(grad_output)
     grad_x = grad_weight = grad_threshold = grad_scale = None
-    if grad_codes is not None:
-        grad_x = _of_input(step, grad_codes, scratch[0])
+    if through.codes is not None:
+        grad_x = _of_input(step, through.codes, through.input)
         grad_threshold = -_per_channel_sum(grad_x) if of_threshold else None
         grad_x = (grad_x[0] if is_single else grad_x).to(step.x.dtype)
-    if grad_quantized is not None:
-        grad_weight, grad_scale = _of_weight(step, grad_quantized, output_sum, scratch[1])
+    if through.quantized is not None:
+        grad_weight, grad_scale = _of_weight(step, through.quantized, output_sum, through.weight)
     grads = (grad_x, grad_weight, grad_threshold, None, grad_scale, output_sum, output_sum)
     wanted = (of_x, of_weight, of_threshold, False, of_scale, of_offset, of_bias)
     return *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)), *[None] * len(others)
 
 
-def _convolution_backward(
-    step: _Step, grad_output: Tensor, *, of_codes: bool, of_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Return the gradients of the codes, and of the quantized weight at scale 1 from the codes or their bits, if asked for.
+class _Through(NamedTuple):
+    """The gradients of a convolution's codes (or bits) and of its quantized weight; None for one that was not asked for.
 
-    The convolution's input and weight come with them, as memory to be written over: fresh memory costs more time than the
-    arithmetic on it.
+    Beside them what it was computed from, as memory to be written over: fresh memory costs more time than arithmetic on it.
     """
+
+    codes: Tensor | None
+    quantized: Tensor | None
+    input: Tensor
+    weight: Tensor
+
+
+def _convolution_backward(step: _Step, grad_output: Tensor, *, of_codes: bool, of_weight: bool) -> _Through:
     geometry = step.geometry
-    if step.convolves_bits:
-        values, padding = _bit(step.source, step.x, step.threshold, torch.empty_like(step.x)), geometry.own_padding
-    else:
-        units = _in_units(step.x, step.threshold, step.spread)
-        values, padding = _padded(step.source.forward(units, *step.input_settings), geometry)
+    values, padding = (step.bits(torch.empty_like(step.x)), geometry.left) if step.convolves_bits else step.padded_codes()
     # the scale as a factor of the weight: as one of grad_output it would take a tensor of that size
-    factors = _quantized_weight(step)
-    factors = factors if step.scale is None else factors.mul_(_column(step.scale)[..., None])
-    tensors = (grad_output.to(step.dtype), values.to(step.dtype), factors.to(step.dtype))
+    weight = step.quantized_weight()
+    weight = weight if step.scale is None else weight.mul_(_column(step.scale)[..., None])
+    tensors = (grad_output.to(step.dtype), values.to(step.dtype), weight.to(step.dtype), None)
     moved = (geometry.stride, padding, geometry.dilation, False, (0, 0, 0), geometry.groups)
-    grad_values, grad_quantized, _ = torch.ops.aten.convolution_backward(*tensors, None, *moved, (of_codes, of_weight, False))
-    if grad_values is None or values.shape == step.x.shape:
-        return grad_values, grad_quantized, values, factors
-    starts = zip(geometry.border[-2::-2], step.x.shape[-3:], strict=True)
-    inner = [slice(before, before + size) for before, size in starts]
-    return grad_values[..., inner[0], inner[1], inner[2]], grad_quantized, values, factors
+    codes, quantized, _ = torch.ops.aten.convolution_backward(*tensors, *moved, (of_codes, of_weight, False))
+    if codes is not None and values.shape != step.x.shape:
+        inner = [slice(left, left + size) for left, size in zip(geometry.left, step.x.shape[-3:], strict=True)]
+        codes = codes[..., inner[0], inner[1], inner[2]]
+    return _Through(codes, quantized, values, weight)
 
 
 def _of_input(step: _Step, gradient: Tensor, scratch: Tensor) -> Tensor:
-    """Return the gradient of the layer's input, in the dtype of its units, from that of the codes, which is written over."""
-    is_shifted = step.threshold is not None
-    gradient = gradient.to(torch.promote_types(step.x.dtype, step.threshold.dtype) if is_shifted else step.x.dtype)
-    slopes = [(step.source.slope, step.input_settings)] if step.source.slope is not None else []
-    if 0 < step.window < step.source.reach:
-        slopes.append((FORMULAS["gradient_window"].slope, (step.window,)))
-    for slope, settings in slopes:
-        gradient.mul_(slope(_in_units(step.x, step.threshold, step.spread, _reused(scratch, gradient)), *settings))
+    """Return the gradient of the layer's input, in the dtype of its units, from that of its codes, which is written over."""
+    gradient = gradient.to(
+        step.x.dtype if step.threshold is None else torch.promote_types(step.x.dtype, step.threshold.dtype)
+    )
+    has_window = 0 < step.window < step.source.reach
+    for slope, settings in (
+        (step.source.slope, step.input_settings),
+        (FORMULAS["gradient_window"].slope if has_window else None, (step.window,)),
+    ):
+        if slope is not None:
+            gradient.mul_(slope(step.units(_reused(scratch, gradient)), *settings))
     return gradient if step.spread is None else gradient.div_(_column(step.spread))
 
 
-def _of_weight(
-    step: _Step, gradient: Tensor, output_sum: Tensor, scratch: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _of_weight(step: _Step, gradient: Tensor, output_sum: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the latent weight and the scale from that of the quantized weight, which is written over."""
     gradient = gradient.to(step.weight.dtype)
     if step.convolves_bits:
@@ -268,11 +268,16 @@ def _of_weight(
         gradient.mul_(2).sub_(_column(output_sum)[..., None])
     of_scale = None
     if step.scale is not None:
-        of_scale = _quantized_weight(step, _reused(scratch, gradient)).mul_(gradient).flatten(1).sum(1)
+        of_scale = step.quantized_weight(_reused(scratch, gradient)).mul_(gradient).flatten(1).sum(1)
         gradient.mul_(_column(step.scale)[..., None])
     if step.target.slope is not None:
         gradient.mul_(step.target.slope(step.weight.clone(), *step.weight_settings))
     return gradient, of_scale
+
+
+def _reused(scratch: Tensor, like: Tensor) -> Tensor | None:
+    """Return the memory if a tensor like the other fits it."""
+    return scratch if scratch.shape == like.shape and scratch.dtype == like.dtype else None
 
 
 def _per_channel_sum(values: Tensor) -> Tensor:

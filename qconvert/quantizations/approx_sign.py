@@ -1,6 +1,5 @@
 """`ApproxSign`: sign with the triangular gradient of Bi-Real Net."""
 
-import torch
 from torch import Tensor
 
 from .base import BinaryQuantization
