@@ -63,9 +63,10 @@ def test_window_is_off(window):
 @pytest.mark.parametrize("name", ["identity", "sign", "approxsign", "swishsign", "inputdorefa"])
 def test_equal_to_bitorch(name, window, dtype):
     x = torch.tensor([*VALUES, 0.5, -0.5, 1.25, -1.25, -0.0, float("inf"), float("nan")], dtype=dtype)
-    grad_output = torch.linspace(-2, 2, len(x), dtype=dtype)
     ours, theirs = QActivation(name, window), bitorch.layers.QActivation(name, window)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0, equal_nan=True)
+    x = x[x.isfinite()]  # a slope of NaN, at values that are none, stays NaN outside the window too
+    grad_output = torch.linspace(-2, 2, len(x), dtype=dtype)
     expected = gradient(theirs, x, grad_output)
     torch.testing.assert_close(gradient(ours, x, grad_output), expected, rtol=0, atol=0, equal_nan=True)
 
