@@ -110,6 +110,17 @@ class Diagnosis(Document):
         layers = [layer.to_dict() for layer in self.layers]
         return {"model": self.model, "layers": layers, "dead": list(self.dead), "remarks": list(self.remarks)}
 
+    def scalars(self) -> dict[str, float]:
+        """Return what was measured by tags for TensorBoard, as ``positive/layer1.0.conv1``, and the number of ``dead`` layers.
+
+        What is None has no tag. For ``SummaryWriter.add_scalar(tag, value, step)``.
+        """
+        measured = [
+            (layer.name, *item) for layer in self.layers for item in layer.to_dict().items() if item[0] not in _FIXED
+        ]
+        tags = {f"{what}/{name}".rstrip("/"): float(value) for name, what, value in measured if value is not None}
+        return {"dead": float(len(self.dead)), **tags}
+
     def layer_table(self) -> Table:
         """Return the layers as a table."""
         brief = tuple(header for header in _COLUMNS if header not in _WIDE_ONLY)
@@ -151,6 +162,8 @@ _COLUMNS = {
 }
 
 
+_FIXED = ("name", "input_bits", "channels")
+"""What a layer is, and not what it saw."""
 _WIDE_ONLY = ("input bits", "calls", "constant in float", "nonzero", "nonfinite", "gradient norm", "float gradient norm")
 _OF_ANY_MAGNITUDE = ("gradient_norm", "float_gradient_norm", "gradient_ratio", "snr_db")
 
