@@ -111,15 +111,15 @@ class Diagnosis(Document):
         return {"model": self.model, "layers": layers, "dead": list(self.dead), "remarks": list(self.remarks)}
 
     def scalars(self) -> dict[str, float]:
-        """Return what was measured by tags for TensorBoard, as ``positive/layer1.0.conv1``, and the number of ``dead`` layers.
+        """Return what was measured by TensorBoard's tags, ``positive/layer1.0.conv1``, and how many layers are ``dead``.
 
         What is None has no tag. For ``SummaryWriter.add_scalar(tag, value, step)``.
         """
-        measured = [
-            (layer.name, *item) for layer in self.layers for item in layer.to_dict().items() if item[0] not in _FIXED
-        ]
-        tags = {f"{what}/{name}".rstrip("/"): float(value) for name, what, value in measured if value is not None}
-        return {"dead": float(len(self.dead)), **tags}
+        tags = {"dead": float(len(self.dead))}
+        for layer in self.layers:
+            measured = {what: value for what, value in layer.to_dict().items() if what not in _FIXED and value is not None}
+            tags |= {f"{what}/{layer.name}".rstrip("/"): float(value) for what, value in measured.items()}
+        return tags
 
     def layer_table(self) -> Table:
         """Return the layers as a table."""

@@ -17,10 +17,10 @@ from ..trace import unwrapped
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     """Replace the running statistics of the model's BatchNorms by the average over a loader's batches.
 
-    While signs flip, running averages lag behind; before an evaluation that counts, take them anew. As
-    `torch.optim.swa_utils.update_bn`, but everything else is in eval mode (no dropout, signs instead of ramps), as it will be
-    when the statistics are used; a BatchNorm that is frozen or that no batch reaches keeps its own; and if anything fails, all
-    do. Modes and momentum are restored.
+    While signs flip, running averages lag behind: take them anew before an evaluation that counts. As
+    `torch.optim.swa_utils.update_bn`, but all else is in eval mode (no dropout, signs instead of ramps), as it will be when
+    the statistics are used. A BatchNorm that is frozen, or that no batch reaches, keeps its own; if anything fails, all do.
+    Modes and momentum are restored.
 
     Args:
         model: any model with BatchNorms; one in DDP's or torch.compile's wrapper runs without it.
@@ -43,9 +43,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
                 run(model, _inputs(batch), f"batch {number}", _ADVICE)
             broken = [name for name, norm in norms.items() if not all(each.isfinite().all() for each in norm.buffers())]
             if broken:
-                raise InputError(
-                    f"running statistics that are not finite: {', '.join(broken)}. NaN or infinity in the batches?"
-                )
+                raise InputError(f"statistics that are not finite: {', '.join(broken)}. NaN or infinity in the batches?")
 
 
 def _inputs(batch: Any) -> Any:

@@ -197,6 +197,6 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
     shared = [name for name, parameter in teacher.named_parameters() if parameter in trained]
     if shared:
         raise ModelError(
-            f"the teacher shares {len(shared)} trained Parameters with the student ({shared[0]} is one) and would change with "
-            "it. Pass a copy: copy.deepcopy(teacher) before binarize(..., inplace=True)"
+            f"the teacher shares {len(shared)} trained Parameters with the student ({shared[0]} is one) and would change "
+            "with it. Pass a copy: copy.deepcopy(teacher) before binarize(..., inplace=True)"
         )

@@ -14,17 +14,17 @@ from ..layers.computed import weights_at_rest
 from .layers import no_layer, quantized_layers
 
 _ADVICE = (
-    "A learning rate too high, gradients that are not clipped (torch.nn.utils.clip_grad_norm_), half precision that overflows, "
-    "a division by 0, or NaN in the data? A sign would make +1 or -1 of it, and the training would go on"
+    "A learning rate too high, gradients that are not clipped (torch.nn.utils.clip_grad_norm_), half precision that "
+    "overflows, a division by 0, or NaN in the data? A sign would make +1 or -1 of it, and the training would go on"
 )
 
 
 def finite(model: nn.Module) -> ExitStack:
     """Raise at the first NaN or infinite value that a converted layer reads, from now on.
 
-    A sign hides them: both become +1 or -1, and the loss looks as if nothing had happened. Before each call of a layer its
-    input and its latent weight are looked at; training steps stay one operator. On a GPU each look waits for the device: it is
-    meant for a search, or for every hundredth step.
+    A sign hides them: they become +1 or -1, and the loss looks as if nothing had happened. Before each call of a layer its
+    input and its latent weight are looked at; a step of training stays one operator. On a GPU each look waits for the device,
+    so this is for a search, or for every hundredth step.
 
     Returns:
         A context manager with a ``close()``: either ends it.

@@ -18,8 +18,8 @@ def flip_rate(model: nn.Module) -> dict[str, float]:
     The first call gives 0 for each. A healthy training flips many at first and fewer and fewer later on; a rate that stays
     high is a learning rate that is too high, and 0 is a layer that is not trained.
 
-    The signs are those of the quantized weight in evaluation. Of each layer they are kept between calls, 1 bit per weight, in
-    an attribute that is in no state dict. Where weights are sharded (DTensor), call it on every process.
+    The signs are those of the quantized weight in evaluation. Each layer keeps them between calls, 1 bit per weight, in an
+    attribute that is in no state dict. Where weights are sharded (DTensor), call it on every process.
 
     Larq's FlipRatio (Geiger and Team 2020, https://doi.org/10.21105/joss.01746).
 

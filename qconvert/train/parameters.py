@@ -18,15 +18,15 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters of a converted model in groups, for any torch optimizer.
 
-    - ``latent``, at ``lr * latent_lr`` without weight decay: the weights behind quantized ones, or what those are computed from.
-    - ``added``, at ``lr * added_lr`` without weight decay: thresholds, scales, offsets, LSQ's steps, PReLU's slopes.
-    - ``rest``, at ``lr`` with weight decay: everything else, and so the weights of layers that keep theirs float.
+    - ``latent``, at ``lr * latent_lr``, not decayed: the weights behind quantized ones, or what those are computed from.
+    - ``added``, at ``lr * added_lr``, not decayed: thresholds, scales, offsets, LSQ's steps, PReLU's slopes.
+    - ``rest``, at ``lr``, decayed: everything else, the weights of converted layers that keep them float among it.
 
     The size of a latent weight is its inertia (Helwegen et al. 2019, https://arxiv.org/abs/1906.02107): decay makes the sign
-    flip more easily, and makes no weight smaller. Scales and thresholds near 0 are no simpler than others either.
+    flip more easily, and makes no quantized weight smaller.
 
-    Each parameter is in one group, the first that it belongs to, in the model's order. Frozen parameters and empty groups are
-    left out. Make the groups after `fully_shard`, which replaces the parameters.
+    Each parameter is in one group, the first that it belongs to, in the model's order. Frozen parameters and empty groups
+    are left out. Make the groups after `fully_shard`, which replaces the parameters.
 
     Args:
         model: a converted model, or one with float convolutions only.
