@@ -48,7 +48,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
 
 def _inputs(batch: Any) -> Any:
     """Return the inputs of a loader's batch in the form of example inputs."""
-    return (batch[0],) if isinstance(batch, (list, tuple)) else batch
+    return tuple(batch[:1]) if isinstance(batch, (list, tuple)) else batch
 
 
 _ADVICE = "A batch is a tensor, a list or tuple whose first item is the input, or a dict of keyword arguments"

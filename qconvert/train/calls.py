@@ -23,14 +23,14 @@ class LastCall:
 
     Attributes:
         arguments: what it was called with; None if it was not.
-        output: what was picked of its output; None until the call has come to its end.
+        output: what was picked of its output.
         layers: what each layer put out, call by call.
+        is_complete: whether the call has come to its end.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str], pick: Callable[[Any], Any], hooks: ExitStack) -> None:
         self._names = tuple(names)
         self._pick = pick
-        self._is_running = False
         self.clear()
         modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
         for name in self._names:
@@ -43,19 +43,19 @@ class LastCall:
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.output: Any = None
         self.layers: dict[str, list[Any]] = {name: [] for name in self._names}
+        self.is_complete = False
 
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.clear()
         self.arguments = _copied((args, kwargs))
-        self._is_running = True
 
     def _see(self, name: str, _layer: nn.Module, _args: object, output: Any) -> None:
-        if self._is_running:  # and not once more, for checkpointing in the backward pass
+        if not self.is_complete:  # and not once more, for checkpointing in the backward pass
             self.layers[name].append(_copied(output))
 
     def _end(self, _model: nn.Module, _args: object, output: Any) -> None:
         self.output = _copied(self._pick(output))
-        self._is_running = False
+        self.is_complete = True
 
 
 def _copied(value: Any) -> Any:

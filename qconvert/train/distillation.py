@@ -106,7 +106,7 @@ class Distillation(AbstractContextManager["Distillation"]):
             InputError: if there was no such call, or the teacher does not run on its arguments.
             ModelError: if shapes differ from the teacher's, or there is nothing to compare.
         """
-        if self._of_student.arguments is None or self._of_student.output is None:
+        if self._of_student.arguments is None or not self._of_student.is_complete:
             raise InputError("loss() without a call of the student since distill() or the last loss(): first y = student(x)")
         try:
             self._run_teacher(*self._of_student.arguments)
