@@ -182,7 +182,8 @@ def make_float(layer: QConv3d) -> None:
     """Turn a layer of a copy back into the convolution that it was made of, bit for bit."""
     layer.activation = QActivation("identity", None)
     layer._weight_quantize = Identity()
-    layer.scale = layer.offset = None
+    layer.scale = layer.offset = layer.rprelu = None
+    layer.standardize = layer.shortcut = False
     layer.pad_value = 0.0
 
 

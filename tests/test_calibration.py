@@ -479,7 +479,7 @@ def test_modes_momenta_and_the_original_stay(training: bool):
     for name, module in model.named_modules():
         assert converted.get_submodule(name).training is module.training, name
     assert [converted[1].momentum, converted[4].momentum] == [0.1, None]
-    assert not any("_conv_forward" in vars(module) for module in converted.modules())
+    assert not any("_quantized_conv" in vars(module) for module in converted.modules())
 
 
 def test_in_place_is_out_of_place():
