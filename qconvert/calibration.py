@@ -74,16 +74,16 @@ class _Layer:
         self._read(layer.activation, _channels(x, self.name))
         if layer.scale is None or layer.offset is None or not self.float_output.count:
             return type(layer)._quantized_conv(layer, x, weight, bias)
-        layer.scale.fill_(1)
+        layer.scale.copy_(torch.ones_like(layer.scale).copysign(layer.scale))  # below 0 where a standardized weight needs it
         layer.offset.fill_(0)
         output = type(layer)._quantized_conv(layer, x, weight, None)
         self.raw_output.add(_channels(output, self.name))
         std = self.raw_output.std
-        layer.scale.copy_(torch.where(std > 0, self.float_output.std / std, 1.0))
-        constant = 0.0 if bias is None else bias
-        layer.offset.copy_(self.float_output.mean - constant - layer.scale * self.raw_output.mean)
+        layer.scale.mul_(torch.where(std > 0, self.float_output.std / std, 1.0))
+        factor, constant = layer.scale.abs(), 0.0 if bias is None else bias
+        layer.offset.copy_(self.float_output.mean - constant - factor * self.raw_output.mean)
         # bit for bit what the layer will put out: the next threshold is one of these values
-        return per_channel(output, layer.scale, layer.offset, bias)
+        return per_channel(output, factor, layer.offset, bias)
 
     def _read(self, activation: QActivation, values: Tensor) -> None:
         self.parts.append((values.shape[1], _measured(values)))
