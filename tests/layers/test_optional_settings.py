@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.models.video.resnet import Conv3DSimple
 
+import qconvert
 from qconvert.errors import ModelError, QuantizerError
 from qconvert.layers import QConv3d, QConv3d_NoAct, RPReLU, standardized
 
@@ -464,6 +465,28 @@ def test_hooks_of_rprelu_are_called():
     made.rprelu.register_forward_hook(lambda *_: seen.append(1))
     made(clip())
     assert seen == [1]
+
+
+class Functional(nn.Module):
+    """Its convolution is no module."""
+
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(outputs, CHANNELS, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv3d(x, self.kernel, padding=1)
+
+
+def test_a_functional_convolution_has_them_too():
+    rules = {"rule": [{"weight": {"quantizer": "sign", "standardize": True}, "shortcut": True, "rprelu": True}]}
+    model, x = convert(Functional(CHANNELS), rules), clip()
+    assert model.state_dict().keys() == {"kernel", *(f"conv3d.{name}" for name in RPRELU)}
+    np.testing.assert_allclose(array(model(x)), by_hand(model.conv3d, x), atol=1e-4)
+    assert all(gradient.count_nonzero() for gradient in gradients(model, x).values())
+    (decision,) = qconvert.plan(Functional(7), rules).decisions
+    assert (decision.shortcut, decision.rprelu) == (False, True)
+    assert decision.reason == "selected; no shortcut: 4 -> 7 channels"
 
 
 def test_in_a_residual_block():
