@@ -176,6 +176,8 @@ class TestOutputs:
 
     def test_gradient_norm_is_of_the_latent_weight_before_it_is_standardized(self):
         layer, x = QConv3d(3, 3, 3, padding=1, standardize=True, rprelu=True, shortcut=True).double(), clip().double()
+        for parameter in layer.rprelu.parameters():
+            torch.nn.init.uniform_(parameter, -1, 1)
         y = layer(x)
         weighting = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         (gradient,) = torch.autograd.grad(y, layer.weight, weighting)
