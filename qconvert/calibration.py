@@ -63,27 +63,27 @@ class _Layer:
     """What it reads, with the number of values: each part of at least twice as many as the next, so there are few."""
     reads: Distribution | None = None
 
-    def watch_float(self, conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Stand in for the float layer's ``_conv_forward``."""
-        output: Tensor = type(conv)._conv_forward(conv, x, weight, bias)
+    def watch_float(self, conv: QConv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Stand in for the float layer's ``_quantized_conv``."""
+        output: Tensor = type(conv)._quantized_conv(conv, x, weight, bias)
         self.float_output.add(_channels(output, self.name))
         return output
 
     def watch_quantized(self, layer: QConv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Stand in for the quantized layer's ``_conv_forward``: correct the layer, then run it."""
+        """Stand in for the quantized layer's ``_quantized_conv``: correct the layer, then run it."""
         self._read(layer.activation, _channels(x, self.name))
         if layer.scale is None or layer.offset is None or not self.float_output.count:
-            return type(layer)._conv_forward(layer, x, weight, bias)
-        layer.scale.fill_(1)
+            return type(layer)._quantized_conv(layer, x, weight, bias)
+        layer.scale.copy_(torch.ones_like(layer.scale).copysign(layer.scale))  # below 0 where a standardized weight needs it
         layer.offset.fill_(0)
-        output = type(layer)._conv_forward(layer, x, weight, None)
+        output = type(layer)._quantized_conv(layer, x, weight, None)
         self.raw_output.add(_channels(output, self.name))
         std = self.raw_output.std
-        layer.scale.copy_(torch.where(std > 0, self.float_output.std / std, 1.0))
-        constant = 0.0 if bias is None else bias
-        layer.offset.copy_(self.float_output.mean - constant - layer.scale * self.raw_output.mean)
+        layer.scale.mul_(torch.where(std > 0, self.float_output.std / std, 1.0))
+        factor, constant = layer.scale.abs(), 0.0 if bias is None else bias
+        layer.offset.copy_(self.float_output.mean - constant - factor * self.raw_output.mean)
         # bit for bit what the layer will put out: the next threshold is one of these values
-        return per_channel(output, layer.scale, layer.offset, bias)
+        return per_channel(output, factor, layer.offset, bias)
 
     def _read(self, activation: QActivation, values: Tensor) -> None:
         self.parts.append((values.shape[1], _measured(values)))
@@ -156,9 +156,9 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
         counterpart: QConv3d = original.get_submodule(name)  # type: ignore[assignment]  # what was converted is one
         quantized: QConv3d = converted.get_submodule(name)  # type: ignore[assignment]
         make_float(counterpart)
-        # under the forward of a subclass, and under the hooks of the user
-        vars(counterpart)["_conv_forward"] = partial(layer.watch_float, counterpart)
-        vars(quantized)["_conv_forward"] = partial(layer.watch_quantized, quantized)
+        # under the forward of a subclass, under the hooks of the user, and before shortcut and RPReLU
+        vars(counterpart)["_quantized_conv"] = partial(layer.watch_float, counterpart)
+        vars(quantized)["_quantized_conv"] = partial(layer.watch_quantized, quantized)
     with averaging(live):
         for number, batch in numbered(batches, "calibration_data", "Calibrating"):
             for model in (original, converted):

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from .alone import OwnForward, own_forward
 from .code import is_torchs, operations, reachable
+from .layers.shortcut import no_shortcut
 from .layers.tied import TiedConv3d
 from .sites import FUNCTIONAL, Site
 
@@ -119,6 +120,7 @@ def _site(name: str, owner: nn.Module, node: fx.Node | None, own: OwnForward) ->
         kernel_size=tuple(layer.kernel_size),
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
         blocker=own.obstacle,
+        no_shortcut=no_shortcut(layer),
     )
 
 

@@ -5,6 +5,7 @@ Hooks count while the values come by: what is kept are sums, the gradients of th
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Observer:
             layer.activation.activation_function.register_forward_hook(self._see_quantized),
             layer.register_forward_hook(self._see_output),
         ]
-        layer._weight_quantize.register_forward_pre_hook(self._see_weight)
+        vars(layer)["_quantized_conv"] = partial(self._see_weight, layer)
 
     def close(self) -> None:
         """End the counting: what checkpointing repeats in the backward pass is no further call."""
@@ -108,13 +109,15 @@ class Observer:
         self.signal += wanted.square().sum().item()
         self.noise += (output.double() - wanted).square().sum().item()
 
-    def _see_weight(self, _quantizer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self.is_trained |= args[0].requires_grad
+    def _see_weight(self, layer: QConv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Stand in for the layer's ``_quantized_conv``."""
+        self.is_trained |= weight.requires_grad
         # an alias, whose gradient is of this call alone: layers may share a weight
-        alias = args[0].view_as(args[0])
+        alias = weight.view_as(weight)
         if alias.requires_grad:
             alias.register_hook(self._see_gradient)  # type: ignore[no-untyped-call]
-        return (alias,)
+        output: Tensor = type(layer)._quantized_conv(layer, x, alias, bias)
+        return output
 
     def _see_gradient(self, gradient: Tensor) -> None:
         self.gradient = gradient.clone() if self.gradient is None else self.gradient + gradient
@@ -182,7 +185,8 @@ def make_float(layer: QConv3d) -> None:
     """Turn a layer of a copy back into the convolution that it was made of, bit for bit."""
     layer.activation = QActivation("identity", None)
     layer._weight_quantize = Identity()
-    layer.scale = layer.offset = None
+    layer.scale = layer.offset = layer.rprelu = None
+    layer.standardize = layer.shortcut = False
     layer.pad_value = 0.0
 
 

@@ -16,6 +16,7 @@ from .errors import QConvertError, QuantizerError, RuleError
 from .layers import QConv3d
 from .layers.computed import weights_at_rest
 from .layers.qconv3d import default_pad_value
+from .layers.standardization import latent
 from .layers.subclass import own_state
 from .quantizations import Identity, Quantization, quantizer
 from .rules import Decision, Plan, Rules
@@ -104,14 +105,15 @@ def _new_layer(model: nn.Module, decision: Decision, signal: Signal | None) -> Q
     window = decision.gradient_cancellation_threshold
     with _named(f"layer {decision.site.name!r} ({decision.rule})"):
         inputs, weights = build(decision.input), build(decision.weight).to(conv.weight.device)
-        weights.start_from(conv.weight)
+        standardize = decision.weight.standardize
+        weights.start_from(latent(conv.weight.detach(), standardize=standardize))
         if window is None:
             window = 0.0 if isinstance(inputs, Identity) else 1.0  # a float input has no range to stay in
         before = input_start(decision.input.threshold, inputs, signal)
         after = OutputStart(None, None)
         if decision.weight.scale is not None:
             border = default_pad_value(inputs) if decision.pad_value is None else decision.pad_value
-            after = output_start(conv, inputs, weights, border, before, signal)
+            after = output_start(conv, inputs, weights, border, before, signal, standardize=standardize)
         return QConv3d.from_float(
             conv,
             input_quantization=inputs,
@@ -122,6 +124,10 @@ def _new_layer(model: nn.Module, decision: Decision, signal: Signal | None) -> Q
             spread=before.spread,
             scale=after.scale,
             offset=after.offset,
+            standardize=standardize,
+            shortcut=decision.shortcut,
+            rprelu=decision.rprelu,
+            latent_clip=decision.latent_clip,
         )
 
 

@@ -40,7 +40,8 @@ class Decision:
     Attributes:
         site: the convolution.
         convert: whether it becomes a QConv3d.
-        weight, input, gradient_cancellation_threshold, pad_value: the settings of the QConv3d; None is its default.
+        weight, input, gradient_cancellation_threshold, pad_value, shortcut, rprelu, latent_clip: the settings of the
+            QConv3d; None is its default.
         rule: label of the last rule that had a say ("" for none).
         reason: why.
     """
@@ -53,11 +54,20 @@ class Decision:
     input: Quantizer = Quantizer(quantizer="sign")
     gradient_cancellation_threshold: float | None = None
     pad_value: float | None = None
+    shortcut: bool = False
+    rprelu: bool = False
+    latent_clip: float | None = None
 
     @property
     def depends_on_data(self) -> bool:
         """Whether what the layer starts from, or is worth, depends on the values that it reads."""
         return self.input.quantizer != "identity" or self.weight.scale is not None or isinstance(self.input.threshold, str)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of the optional settings that are on."""
+        on = {"standardize": self.weight.standardize, "shortcut": self.shortcut, "rprelu": self.rprelu}
+        return tuple(name for name, is_on in on.items() if is_on)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ class Plan:
 
 def _shown(decision: Decision) -> tuple[str, ...]:
     site = decision.site
-    verdict = f"W: {decision.weight.quantizer}, A: {decision.input.quantizer}" if decision.convert else "float"
+    sides = f"W: {decision.weight.quantizer}, A: {decision.input.quantizer}"
+    verdict = ", ".join([sides, *decision.options]) if decision.convert else "float"
     kernel = "x".join(map(str, site.kernel_size)) + ("" if site.groups == 1 else f" {site.grouping}")
     channels = (str(site.in_channels or ""), str(site.out_channels or ""))
     return (site.name, site.type, kernel, *channels, ", ".join(sorted(site.roles)), verdict, decision.rule, decision.reason)
@@ -247,4 +258,8 @@ def _decide(site: Site, rules: Rules) -> Decision:
     if not quantize:
         nothing = "no rule sets weight, input or quantize" if last else "no rule selects it"
         return Decision(site, False, last, reason or nothing)
-    return Decision(site, True, last, reason or "selected", **sets)
+    reason = reason or "selected"
+    if sets.get("shortcut") and site.no_shortcut is not None:
+        sets["shortcut"] = False
+        reason = f"{reason}; no shortcut: {site.no_shortcut}"
+    return Decision(site, True, last, reason, **sets)

@@ -30,6 +30,7 @@ class Site:
         roles: which it has in the traced graph, each a `Role`.
         blocker: why it cannot be converted, or None.
         converted: whether it is a QConv3d already.
+        no_shortcut: why its input cannot be added to its output, or None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Site:
     roles: frozenset[str] = frozenset()
     blocker: str | None = None
     converted: bool = False
+    no_shortcut: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

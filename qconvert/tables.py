@@ -59,7 +59,7 @@ Size = Annotated[int, Field(ge=0)]
 class Quantizer(_Table):
     """A quantizer by name, with its settings.
 
-    Keys other than these three are handed to the quantizer (``bits``, ``beta``, ``signed``, ...), which checks them.
+    Keys other than these four are handed to the quantizer (``bits``, ``beta``, ``signed``, ...), which checks them.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -67,6 +67,10 @@ class Quantizer(_Table):
     quantizer: str = Field(description="Name of the quantizer, e.g. sign, approxsign, ternary, weightdorefa, lsq.")
     scale: Literal["channel"] | None = Field(
         None, description='weight only: "channel" is a learned factor and offset per output channel.'
+    )
+    standardize: bool = Field(
+        False,
+        description="weight only: whether the weight is standardized per output channel before it is quantized.",
     )
     threshold: Annotated[Literal["channel", "auto"] | Finite | None, _in_one_message('"channel", "auto" or a number')] = (
         Field(
@@ -122,6 +126,17 @@ class Rule(_Table):
     pad_value: Finite | None = Field(
         None, description="Value of the zeros-padding. Where no rule sets it: -1 for a 1-bit input, else 0."
     )
+    shortcut: bool | None = Field(
+        None,
+        description="Whether the layer's input is added to its output, where channels and sizes are equal. "
+        "Where no rule sets it: not.",
+    )
+    rprelu: bool | None = Field(
+        None, description="Whether a learned RPReLU comes behind the layer. Where no rule sets it: not."
+    )
+    latent_clip: Finite | None = Field(
+        None, gt=0, description="Training clips latent weights to this on both sides of 0. Where no rule sets it: not."
+    )
     reason: str | None = Field(None, description="Why; shown in the decision table.")
     optional: bool = Field(False, description="Whether it is fine that the rule selects nothing.")
 
@@ -131,6 +146,8 @@ class Rule(_Table):
             raise ValueError("weight takes no 'threshold' (that is a setting of input)")
         if self.input is not None and self.input.scale is not None:
             raise ValueError("input takes no 'scale' (that is a setting of weight)")
+        if self.input is not None and self.input.standardize:
+            raise ValueError("input takes no 'standardize' (that is a setting of weight)")
         return self
 
     def selects(self, site: Site) -> bool:
@@ -153,7 +170,10 @@ class Rule(_Table):
         return {key: value for key, value in values.items() if value is not None}
 
 
-SETTINGS = ("quantize", "weight", "input", "gradient_cancellation_threshold", "pad_value", "reason")
+SETTINGS = (
+    *("quantize", "weight", "input", "gradient_cancellation_threshold", "pad_value"),
+    *("shortcut", "rprelu", "latent_clip", "reason"),
+)
 
 
 class Model(_Table):

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from .errors import ModelError, first_line
 from .functional import functional_sites, names_conv3d
 from .inplace import overwrites
-from .layers import QConv3d_NoAct, obstacle
+from .layers import QConv3d_NoAct, no_shortcut, obstacle
 from .rng import preserved_rng
 from .roles import RegionGraph, roles_of
 from .sites import Opaque, Overwrite, Site
@@ -340,6 +340,7 @@ def _site(layer: Any, name: str, aliases: tuple[str, ...], roles: frozenset[str]
         roles,
         None if converted else obstacle(layer) if isinstance(layer, nn.Conv3d) else "not a Conv3d",
         converted,
+        no_shortcut(layer) if isinstance(layer, nn.Conv3d) else None,
     )
 
 

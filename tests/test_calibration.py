@@ -137,6 +137,51 @@ def test_without_data_they_are_elsewhere():
         assert not torch.allclose(told.state_dict()[key], measured.state_dict()[key], rtol=0.05), key
 
 
+OPTIONS = {"rule": [CHANNELS["rule"][0] | {"shortcut": True, "rprelu": True}]}
+STANDARDIZED = {"rule": [CHANNELS["rule"][0] | {"weight": {"quantizer": "sign", "scale": "channel", "standardize": True}}]}
+
+
+def test_scale_and_offset_are_of_the_part_before_shortcut_and_rprelu():
+    model, data = nn.Sequential(nn.Conv3d(2, 2, 3, padding=1), nn.Tanh(), nn.Conv3d(2, 4, 1)).eval(), [clips()]
+    converted = calibrated(model, data, OPTIONS)
+    assert (converted[0].shortcut, converted[2].shortcut) == (True, False)
+    of_float, of_converted = seen(model, data), seen(converted, data)
+    read, output = joined(of_converted["0"])  # RPReLU is the identity still
+    wanted, got = joined(of_float["0"])[1], output - read
+    assert np.allclose(got.mean(1), wanted.mean(1), atol=1e-4)
+    assert np.allclose(got.std(1), wanted.std(1), rtol=1e-4)
+    # the next layer's threshold splits what it really reads, with the shortcut in it
+    behind = joined(of_converted["2"])[0]
+    assert np.allclose((behind > array_of(converted[2].activation.threshold)).mean(1), 0.5, atol=2 / POINTS)
+
+
+def array_of(column: Tensor) -> np.ndarray:
+    return column.detach().double().numpy()[:, None]
+
+
+def test_standardized_weights_are_corrected_too():
+    model, data = network().eval(), [clips()]
+    converted = calibrated(model, data, STANDARDIZED)
+    of_float, of_converted = seen(model, data), seen(in_batch_mode(converted), data)
+    for name, pairs in of_float.items():
+        wanted, got = joined(pairs)[1], joined(of_converted[name])[1]
+        assert np.allclose(got.mean(1), wanted.mean(1), atol=1e-3 * wanted.std()), name
+        assert np.allclose(got.std(1), wanted.std(1), rtol=1e-3), name
+
+
+@pytest.mark.parametrize("data", [None, [clips(mean=0.0)]], ids=["graph", "data"])
+def test_a_channel_of_equal_negative_weights_keeps_its_direction(data: list[Tensor] | None):
+    model = nn.Sequential(nn.Conv3d(2, 2, 1, groups=2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([-0.5, 0.25]).view(2, 1, 1, 1, 1))
+    layer = convert(model, STANDARDIZED, calibration_data=data)[0]
+    assert (layer.scale[0] < 0 < layer.scale[1]).item()
+    x = clips(mean=0.0)
+    with torch.no_grad():
+        for wanted, got in zip(channels(model(x)), channels(layer(x)), strict=True):
+            assert np.corrcoef(wanted, got)[0, 1] > 0.7
+
+
 def test_a_number_as_threshold_stays():
     rule = {
         "rule": [{"weight": {"quantizer": "sign", "scale": "channel"}, "input": {"quantizer": "sign", "threshold": 0.25}}]
@@ -479,7 +524,7 @@ def test_modes_momenta_and_the_original_stay(training: bool):
     for name, module in model.named_modules():
         assert converted.get_submodule(name).training is module.training, name
     assert [converted[1].momentum, converted[4].momentum] == [0.1, None]
-    assert not any("_conv_forward" in vars(module) for module in converted.modules())
+    assert not any("_quantized_conv" in vars(module) for module in converted.modules())
 
 
 def test_in_place_is_out_of_place():

@@ -176,6 +176,21 @@ class TestOutputs:
             assert layer.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-5)
             assert layer.gradient_ratio == layer.gradient_norm / layer.float_gradient_norm
 
+    def test_gradient_norm_is_of_the_latent_weight_before_it_is_standardized(self):
+        layer, x = QConv3d(3, 3, 3, padding=1, standardize=True, rprelu=True, shortcut=True).double(), clip().double()
+        for parameter in layer.rprelu.parameters():
+            torch.nn.init.uniform_(parameter, -1, 1)
+        y = layer(x)
+        weighting = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(y, layer.weight, weighting)
+        float_y = F.conv3d(x, layer.weight, padding=1)
+        (float_gradient,) = torch.autograd.grad(float_y, layer.weight, weighting)
+        health = only(diagnose(layer, x))
+        assert health.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-6)
+        assert health.float_gradient_norm == pytest.approx(float_gradient.norm().item(), rel=1e-6)
+        noise = (float_y - y).detach().numpy()
+        assert health.snr_db == pytest.approx(decibels(float_y.detach().numpy(), noise), abs=1e-4)
+
     def test_scale_offset_and_threshold_are_not_of_the_float_model(self):
         x = clip()
         layer = QConv3d(3, 2, 3, padding=1, threshold=0.5, spread=2.0, scale=3.0, offset=0.25)

@@ -94,6 +94,44 @@ def test_a_later_rule_overrides_key_by_key():
     assert (up.convert, up.reason) == (False, "not a Conv3d (ConvTranspose3d)")
 
 
+def test_optional_settings_are_off_until_a_rule_sets_them():
+    off, on, both = (match(SITES[:1], load_rules({"rule": rules})).decisions[0] for rules in OPTIONS)
+    assert (off.shortcut, off.rprelu, off.latent_clip, off.weight.standardize) == (False, False, None, False)
+    assert off.options == ()
+    assert (on.shortcut, on.rprelu, on.latent_clip, on.weight.standardize) == (True, True, 1.5, True)
+    assert on.options == ("standardize", "shortcut", "rprelu")
+    assert on.weight.settings == {}
+    assert (both.shortcut, both.rprelu, both.latent_clip, both.weight.standardize) == (False, True, 1, False)
+    assert both.options == ("rprelu",)
+
+
+_ON = {
+    "weight": {"quantizer": "sign", "standardize": True},
+    "shortcut": True,
+    "rprelu": True,
+    "latent_clip": 1.5,
+}
+OPTIONS = ([{"weight": "sign"}], [_ON], [_ON, {"weight": "sign", "shortcut": False, "latent_clip": 1}])
+
+
+@pytest.mark.parametrize("reason", [None, "wide layers"])
+def test_a_shortcut_that_the_shapes_do_not_allow_is_left_out_with_the_reason(reason):
+    sites = (Site("a", "Conv3d", no_shortcut="64 -> 128 channels"), Site("b", "Conv3d"))
+    rule = {"weight": "sign", "shortcut": True} | ({} if reason is None else {"reason": reason})
+    plan = match(sites, load_rules({"rule": [rule]}))
+    said = reason or "selected"
+    assert [(decision.convert, decision.shortcut, decision.reason) for decision in plan.decisions] == [
+        (True, False, f"{said}; no shortcut: 64 -> 128 channels"),
+        (True, True, said),
+    ]
+    assert ["shortcut, " in line or "shortcut  " in line for line in str(plan).splitlines()[2:4]] == [False, True]
+
+
+def test_nobody_misses_a_shortcut_that_no_rule_asks_for():
+    decision = match((Site("a", "Conv3d", no_shortcut="stride 2"),), load_rules({"rule": [{"weight": "sign"}]})).decisions[0]
+    assert decision.reason == "selected"
+
+
 @pytest.mark.parametrize(
     ("rules", "reason"),
     [
@@ -169,6 +207,13 @@ def test_blocked_and_converted_sites_are_left_alone():
             {"rule": [{"input": {"quantizer": "sign", "threshold": "x"}}]},
             r'input\.threshold: .*"channel", "auto" or a number, got \'x\'',
         ),
+        ({"rule": [{"input": {"quantizer": "sign", "standardize": True}}]}, "input takes no 'standardize'"),
+        ({"rule": [{"weight": {"quantizer": "sign", "standardize": 1}}]}, r"weight\.standardize: .*boolean, got 1"),
+        ({"rule": [{"rprelu": "yes"}]}, r"rprelu: .*boolean, got 'yes'"),
+        ({"rule": [{"shortcut": 1}]}, r"shortcut: .*boolean, got 1"),
+        ({"rule": [{"short_cut": True}]}, r"unknown key 'short_cut'.*Did you mean 'shortcut'\?"),
+        ({"rule": [{"latent_clip": 0}]}, r"latent_clip: .*greater than 0, got 0"),
+        ({"rule": [{"latent_clip": float("inf")}]}, r"latent_clip: .*finite number, got inf"),
         ({"rule": [{"gradient_cancellation_threshold": -1}]}, "greater than or equal to 0, got -1"),
         ({"rule": [{"pad_value": float("inf")}]}, "finite number, got inf"),
         ({"rule": [{"pad_value": "0"}]}, "valid number, got '0'"),
@@ -269,6 +314,8 @@ def test_schema_allows_what_the_loader_allows():
     assert set(schema["properties"]) == {"extends", "model", "rule"}
     layers = schema["$defs"]["Rule"]["properties"]["layers"]["anyOf"]
     assert {"type": "string"} in layers
+    assert {"rprelu", "shortcut", "latent_clip"} < schema["$defs"]["Rule"]["properties"].keys()
+    assert schema["$defs"]["Quantizer"]["properties"]["standardize"]["type"] == "boolean"
     assert json.loads(json.dumps(schema)) == schema
 
 

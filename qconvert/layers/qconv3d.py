@@ -12,12 +12,14 @@ from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
 from .computed import is_trained
 from .fused import fused
+from .padding import Size, padding_amounts
 from .qactivation import QActivation
+from .rprelu import RPReLU
+from .shortcut import no_shortcut
+from .standardization import fitted_scale, latent
 from .subclass import obstacle, own_state, quantized_class
 
 Part = TypeVar("Part", bound=nn.Module)
-Size = int | tuple[int, ...]
-"""A number for all of D, H, W, or one for each."""
 Start = float | Tensor | None
 """What a setting per channel starts from: one number for all, or one for each."""
 ScaleStart = str | Start
@@ -42,7 +44,7 @@ def conv3d(
     if pad_value != 0.0 and padding not in (0, (0, 0, 0), "valid"):
         # one size after the other: under torch.fx the shape is a Proxy, which cannot be iterated over
         kernel_size = tuple(weight.shape[dim] for dim in (-3, -2, -1))
-        input = F.pad(input, _padding_amounts(padding, kernel_size, dilation), value=pad_value)  # noqa: A001
+        input = F.pad(input, padding_amounts(padding, kernel_size, dilation), value=pad_value)  # noqa: A001
         padding = 0
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -57,22 +59,6 @@ def per_channel(output: Tensor, scale: Tensor | None, *summands: Tensor | None) 
     return output
 
 
-def _padding_amounts(padding: str | Size, kernel_size: tuple[int, ...], dilation: Size) -> list[int]:
-    """Return (left W, right W, left H, right H, left D, right D), the order of F.pad, in values."""
-    if padding == "valid":
-        return [0] * 6
-    if padding == "same":
-        totals = [step * (size - 1) for step, size in zip(_triple(dilation), kernel_size, strict=True)]
-        # an even kernel takes the odd value on the right, as torch does
-        return [amount for total in reversed(totals) for amount in (total // 2, total - total // 2)]
-    amounts = _triple(padding)  # type: ignore[arg-type]  # no other words are valid
-    return [amount for amount in reversed(amounts) for _ in range(2)]
-
-
-def _triple(size: Size) -> tuple[int, ...]:
-    return (size,) * 3 if isinstance(size, int) else size
-
-
 def default_pad_value(inputs: Quantization) -> float:
     """Return the border's value where none is given: -1, which has a code, for inputs of 1 bit, else 0."""
     return -1.0 if inputs.bit_width == 1 else 0.0
@@ -82,7 +68,8 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
     """3D convolution with quantized weights; its input is taken as it comes.
 
     Forward: ``y = scale * conv3d(pad(x), Q_w(weight)) + offset + bias``, all three per output channel, in float, after the
-    convolution. Gradient: that of the convolution, times that of Q_w for the latent weight.
+    convolution; then the shortcut, ``y + x``, and RPReLU, where they are on. Gradient: that of the convolution, times that
+    of Q_w for the latent weight.
 
     Shapes: as `torch.nn.Conv3d`: (N, C, D, H, W) or (C, D, H, W) in, (N, O, D', H', W') or (O, D', H', W') out.
 
@@ -102,14 +89,21 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         scale: a learned factor per output channel: ``"channel"`` for one that starts at the fit, or its start as a number or
             a tensor of shape (O,). None is no factor.
         offset: a learned summand per output channel: its start as a number or a tensor of shape (O,). None is no summand.
+        standardize: whether the weight less its mean and over its standard deviation, per output channel, is quantized in
+            the latent weight's place (IR-Net, Qin et al. 2020, https://arxiv.org/abs/1909.10788).
+        shortcut: whether the input, as the convolution reads it before any quantizer, is added to the output (Bi-Real Net,
+            Liu et al. 2018, https://arxiv.org/abs/1808.00278). It takes equal channels and sizes.
+        rprelu: whether an `RPReLU` comes last (ReActNet, Liu et al. 2020).
+        latent_clip: half-width of the range to which the training clips the latent weight; None is no clipping. The layer
+            itself only holds it.
 
     Raises:
-        QuantizerError: for an unknown quantizer, scale or offset.
+        QuantizerError: for an unknown quantizer, scale or offset, a shortcut between unequal shapes, or a clip of 0 or less.
     """
 
     scale: nn.Parameter | None
     offset: nn.Parameter | None
-    latent_clip: float | None = None
+    rprelu: RPReLU | None
     _last_signs: Tensor | None = None
     _default_pad_value = -1.0
 
@@ -131,6 +125,10 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         pad_value: float | None = None,
         scale: ScaleStart = None,
         offset: Start = None,
+        standardize: bool = False,
+        shortcut: bool = False,
+        rprelu: bool = False,
+        latent_clip: float | None = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -145,7 +143,17 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
             device,
             dtype,
         )
-        self._quantize_weights(weight_quantization, pad_value, scale, offset)
+        QConv3d_NoAct._quantize(
+            self,
+            weight_quantization=weight_quantization,
+            pad_value=pad_value,
+            scale=scale,
+            offset=offset,
+            standardize=standardize,
+            shortcut=shortcut,
+            rprelu=rprelu,
+            latent_clip=latent_clip,
+        )
 
     @classmethod
     def from_float(cls, conv: nn.Conv3d, **settings: Any) -> Self:
@@ -177,24 +185,40 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         pad_value: float | None = None,
         scale: ScaleStart = None,
         offset: Start = None,
-    ) -> None:
-        self._quantize_weights(weight_quantization, pad_value, scale, offset)
-
-    def _quantize_weights(
-        self, quantization: str | Quantization, pad_value: float | None, scale: ScaleStart, offset: Start
+        standardize: bool = False,
+        **around: Any,
     ) -> None:
         if isinstance(scale, str) and scale != "channel":
             raise QuantizerError(f'scale must be "channel", a number, a tensor or None, got {scale!r}')
-        self._weight_quantize = self._placed(quantizer(quantization))
-        self._weight_quantize.start_from(self.weight)
+        self.standardize = standardize
+        self._weight_quantize = self._placed(quantizer(weight_quantization))
+        self._start_quantizer()
         if pad_value is not None and not isinstance(pad_value, (int, float)):
             raise QuantizerError(f"pad_value must be a number or None, got {pad_value!r}")
         self.pad_value = self._default_pad_value if pad_value is None else float(pad_value)
-        fitted = self._weight_quantize.fitted_scale(self.weight) if isinstance(scale, str) else scale
+        fitted = self._fitted_scale() if isinstance(scale, str) else scale
         for name, start in (("scale", fitted), ("offset", offset)):
             values = self._start(name, start, self.out_channels)
             learned = None if values is None else nn.Parameter(values, requires_grad=is_trained(self))
             self.register_parameter(name, learned)
+        self._surround(**around)
+
+    def _surround(self, *, shortcut: bool = False, rprelu: bool = False, latent_clip: float | None = None) -> None:
+        """Set what is no part of the convolution."""
+        hindrance = no_shortcut(self) if shortcut else None
+        if hindrance is not None:
+            raise QuantizerError(f"no shortcut: the input cannot be added to the output, {hindrance}. Leave it out")
+        if latent_clip is not None and not (isinstance(latent_clip, (int, float)) and latent_clip > 0):
+            raise QuantizerError(f"latent_clip must be a number above 0 or None, got {latent_clip!r}")
+        self.shortcut = shortcut
+        self.register_module("rprelu", self._placed(RPReLU(self.out_channels)) if rprelu else None)
+        self.latent_clip = latent_clip
+
+    def _start_quantizer(self) -> None:
+        self._weight_quantize.start_from(latent(self.weight.detach(), standardize=self.standardize))
+
+    def _fitted_scale(self) -> Tensor:
+        return fitted_scale(self._weight_quantize, self.weight, standardize=self.standardize)
 
     def _placed(self, module: Part) -> Part:
         """Return the module as the layer is: its device, dtype and mode; frozen where its weight is."""
@@ -218,21 +242,30 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if hasattr(self, "_weight_quantize"):  # not yet while Conv3d's constructor runs
-            self._weight_quantize.start_from(self.weight)
+            self._start_quantizer()
             if self.scale is not None:
-                self.scale.data.copy_(self._weight_quantize.fitted_scale(self.weight))
+                self.scale.data.copy_(self._fitted_scale())
             if self.offset is not None:
                 nn.init.zeros_(self.offset)
+            if self.rprelu is not None:
+                self.rprelu.reset_parameters()
 
     def _apply_padding(self, x: Tensor) -> Tensor:
         """Return ``x`` with its border, as the convolution sees it."""
         if self.padding_mode != "zeros":
             return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return F.pad(x, _padding_amounts(self.padding, self.kernel_size, self.dilation), value=self.pad_value)
+        return F.pad(x, padding_amounts(self.padding, self.kernel_size, self.dilation), value=self.pad_value)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
         # here, not in forward: a subclass may end in super().forward(x) or in self._conv_forward(x, weight, bias)
-        quantized = self._weight_quantize(weight)
+        output = self._quantized_conv(input, weight, bias)
+        if self.shortcut:
+            output = output + input
+        return output if self.rprelu is None else self.rprelu(output)
+
+    def _quantized_conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        """Return what there is before shortcut and RPReLU."""
+        quantized = self._weight_quantize(latent(weight, standardize=self.standardize))
         # with float weights there is no exact integer sum to keep apart from the bias: leave it to the convolution
         is_float = isinstance(self._weight_quantize, Identity) and self.scale is None
         inner_bias, outer_bias = (bias, None) if is_float else (None, bias)
@@ -245,17 +278,20 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         return per_channel(output, self.scale, self.offset, outer_bias)
 
     def extra_repr(self) -> str:
-        """Show Conv3d's arguments, the border value, and whether there are a scale and an offset."""
+        """Show Conv3d's arguments, the border value, what is per channel, and the settings that are on."""
         learned = "".join(f", {name}=per channel" for name in ("scale", "offset") if getattr(self, name) is not None)
+        on = "".join(f", {name}=True" for name in ("standardize", "shortcut") if getattr(self, name))
+        clip = "" if self.latent_clip is None else f", latent_clip={self.latent_clip:g}"
         shape: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{shape}, pad_value={self.pad_value:g}{learned}"
+        return f"{shape}, pad_value={self.pad_value:g}{learned}{on}{clip}"
 
 
 class QConv3d(QConv3d_NoAct):
     """3D convolution with quantized weights and inputs.
 
-    Forward: ``y = scale * conv3d(pad(Q_in(u)), Q_w(weight)) + offset + bias``, ``u = (x - threshold) / spread``. The border
-    is added after the input quantizer: -1 where that has 1 bit, 0 where it has more.
+    Forward: ``y = scale * conv3d(pad(Q_in(u)), Q_w(weight)) + offset + bias``, ``u = (x - threshold) / spread``; then
+    the shortcut, ``y + x``, and RPReLU, where they are on. The border is added after the input quantizer: -1 where that has
+    1 bit, 0 where it has more.
     Gradient: to u that of Q_in where ``|u| <= gradient_cancellation_threshold``, else 0; to the latent weight that of Q_w.
 
     Shapes: as `torch.nn.Conv3d`: (N, C, D, H, W) or (C, D, H, W) in, (N, O, D', H', W') or (O, D', H', W') out.
@@ -278,9 +314,17 @@ class QConv3d(QConv3d_NoAct):
         scale: a learned factor per output channel: ``"channel"`` for one that starts at the fit, or its start as a number or
             a tensor of shape (O,). None is no factor.
         offset: a learned summand per output channel: its start as a number or a tensor of shape (O,). None is no summand.
+        standardize: whether the weight less its mean and over its standard deviation, per output channel, is quantized in
+            the latent weight's place (IR-Net, Qin et al. 2020, https://arxiv.org/abs/1909.10788).
+        shortcut: whether the input, as the convolution reads it before any quantizer, is added to the output (Bi-Real Net,
+            Liu et al. 2018, https://arxiv.org/abs/1808.00278). It takes equal channels and sizes.
+        rprelu: whether an `RPReLU` comes last (ReActNet, Liu et al. 2020).
+        latent_clip: half-width of the range to which the training clips the latent weight; None is no clipping. The layer
+            itself only holds it.
 
     Raises:
-        QuantizerError: for an unknown quantizer, a negative window, or a start of the wrong shape.
+        QuantizerError: for an unknown quantizer, a negative window, a start of the wrong shape, a shortcut between unequal
+            shapes, or a clip of 0 or less.
     """
 
     def __init__(
@@ -305,6 +349,10 @@ class QConv3d(QConv3d_NoAct):
         spread: Start = None,
         scale: ScaleStart = None,
         offset: Start = None,
+        standardize: bool = False,
+        shortcut: bool = False,
+        rprelu: bool = False,
+        latent_clip: float | None = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -322,6 +370,10 @@ class QConv3d(QConv3d_NoAct):
             pad_value=pad_value,
             scale=scale,
             offset=offset,
+            standardize=standardize,
+            shortcut=shortcut,
+            rprelu=rprelu,
+            latent_clip=latent_clip,
         )
         self._quantize_inputs(input_quantization, gradient_cancellation_threshold, threshold, spread, pad_value)
 
@@ -329,15 +381,13 @@ class QConv3d(QConv3d_NoAct):
         self,
         *,
         input_quantization: str | Quantization = "sign",
-        weight_quantization: str | Quantization = "sign",
         gradient_cancellation_threshold: float | None = 1.0,
         pad_value: float | None = None,
         threshold: Start = None,
         spread: Start = None,
-        scale: ScaleStart = None,
-        offset: Start = None,
+        **others: Any,
     ) -> None:
-        self._quantize_weights(weight_quantization, pad_value, scale, offset)
+        super()._quantize(pad_value=pad_value, **others)
         self._quantize_inputs(input_quantization, gradient_cancellation_threshold, threshold, spread, pad_value)
 
     def _quantize_inputs(
@@ -356,13 +406,13 @@ class QConv3d(QConv3d_NoAct):
         if pad_value is None:
             self.pad_value = default_pad_value(self.activation.activation_function)
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
+    def _quantized_conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
         if not self._runs_fused:
-            return super()._conv_forward(self.activation(input), weight, bias)
+            return super()._quantized_conv(self.activation(input), weight, bias)
         inputs, weights, window = self.activation.activation_function, self._weight_quantize, self.activation.window
         output: Tensor = fused(
             input,
-            weight,
+            latent(weight, standardize=self.standardize),
             self.activation.threshold,
             self.activation.spread,
             self.scale,
@@ -374,7 +424,7 @@ class QConv3d(QConv3d_NoAct):
             [float(each) for each in weights.operator_settings],
             window,
             self.stride,
-            _padding_amounts(self.padding, self.kernel_size, self.dilation),
+            padding_amounts(self.padding, self.kernel_size, self.dilation),
             self.pad_value,
             self.dilation,
             self.groups,

@@ -36,7 +36,10 @@ def own_state(module: nn.Module) -> dict[str, Any]:
     return {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in vars(module).items()}
 
 
-_NEW_ATTRIBUTES = ("_weight_quantize", "pad_value", "scale", "offset", "activation")
+_NEW_ATTRIBUTES = (
+    *("_weight_quantize", "pad_value", "scale", "offset", "activation"),
+    *("standardize", "shortcut", "rprelu", "latent_clip", "_last_signs"),
+)
 """What a QConv3d has beside the attributes of a Conv3d."""
 
 

@@ -61,11 +61,7 @@ class Quantization(nn.Module):
 
         Least squares: ``<w, q> / <q, q>`` over each output channel, 1 where q is 0.
         """
-        quantized = self(weight).flatten(1)
-        wide = torch.promote_types(weight.dtype, torch.float32)  # in half, a sum of squares overflows
-        dot = (weight.flatten(1) * quantized).sum(1, dtype=wide)
-        square = (quantized * quantized).sum(1, dtype=wide)
-        return torch.where(square > 0, dot / square, 1.0).to(weight.dtype)
+        return least_squares(weight, self(weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``quantize(x)``."""
@@ -85,6 +81,15 @@ class BinaryQuantization(Quantization):
         slices = torch.split(channels, max(1, _SLICE // max(1, channels.shape[1])))
         scratch = torch.empty_like(slices[0])
         return torch.cat([torch.abs(part, out=scratch[: len(part)]).mean(1) for part in slices])
+
+
+def least_squares(weight: Tensor, quantized: Tensor) -> Tensor:
+    """Return the factor per output channel, shape (O,), that brings ``quantized`` nearest to the weight."""
+    quantized = quantized.flatten(1)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # in half, a sum of squares overflows
+    dot = (weight.flatten(1) * quantized).sum(1, dtype=wide)
+    square = (quantized * quantized).sum(1, dtype=wide)
+    return torch.where(square > 0, dot / square, 1.0).to(weight.dtype)
 
 
 def check_bits(bits: int, quantizer: str, lowest: int = 1) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .facts import Uncounted
 from .html import html_page
+from .options import Option
 from .table import Table
 from .text import markdown_table, shown, text_table
 
@@ -88,6 +89,7 @@ class CostDocument(Document):
     """A report about bits and operations."""
 
     uncounted: tuple[Uncounted, ...]
+    options: tuple[Option, ...]
 
     @property
     @abstractmethod
@@ -103,7 +105,7 @@ class CostDocument(Document):
         return self.layer_table(), self.totals_table()
 
     def notes(self) -> list[str]:
-        """Return the conventions, and what the numbers leave out."""
+        """Return the conventions, what the numbers leave out, and what optional settings add."""
         notes = [CONVENTIONS if self.was_run else NOT_RUN]
         ran = [f"{entry.name} x{entry.calls}" for entry in self.uncounted if entry.calls]
         idle = [entry.name for entry in self.uncounted if not entry.calls]
@@ -111,7 +113,7 @@ class CostDocument(Document):
             notes.append(f"Ran, but has no MAC formula: {', '.join(ran)}.")
         if idle:
             notes.append(f"Never called, so without operations: {', '.join(idle)}.")
-        return notes
+        return [*notes, *map(str, self.options)]
 
     def to_html(self) -> str:
         """Return one self-contained page, with bars that show where bits and operations go."""

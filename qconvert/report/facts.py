@@ -9,6 +9,7 @@ from ..layers import QConv3d, QConv3d_NoAct
 from ..layers.computed import weights_at_rest
 from ..layers.tied import TiedConv3d
 from ..trace import unwrapped
+from .options import Option, options_of
 from .run import Shape, rows, run
 
 LOW_BIT = 8
@@ -87,11 +88,12 @@ class Uncounted:
 
 @dataclass(frozen=True)
 class Facts:
-    """The layers of a model, what could not be counted, and whether the model was run."""
+    """The layers of a model, what could not be counted, whether the model was run, and what optional settings add."""
 
     layers: tuple[Layer, ...]
     uncounted: tuple[Uncounted, ...]
     was_run: bool
+    options: tuple[Option, ...] = ()
 
 
 def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
@@ -101,10 +103,11 @@ def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
         InputError: if the model does not run on the inputs.
     """
     model = unwrapped(model)
+    options = options_of(model)
     with weights_at_rest(model):
         layers = _static_facts(model)
     if example_inputs is None:
-        return Facts(tuple(layers.values()), (), was_run=False)
+        return Facts(tuple(layers.values()), (), was_run=False, options=options)
     runs = run(model, example_inputs)
     for name, calls in runs.calls.items():
         layer = layers.get(name, Layer(name, runs.types[name]))
@@ -117,7 +120,8 @@ def collect(model: nn.Module, example_inputs: Any = None) -> Facts:
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     uncounted = [Uncounted(name, calls, "no MAC formula") for name, calls in runs.operators.most_common()]
     uncounted += [Uncounted(name, 0, "never called") for name, layer in never_run.items() if layer.weight_bits is not None]
-    return Facts(tuple(sorted(layers.values(), key=lambda layer: order[layer.name])), tuple(uncounted), was_run=True)
+    ordered = sorted(layers.values(), key=lambda layer: order[layer.name])
+    return Facts(tuple(ordered), tuple(uncounted), was_run=True, options=options)
 
 
 def _static_facts(model: nn.Module) -> dict[str, Layer]:

@@ -11,6 +11,7 @@ from ..sites import Opaque, Overwrite
 from ..trace import unwrapped
 from .document import CostDocument
 from .facts import Layer, Uncounted, collect
+from .options import Option
 from .table import Cell, Table
 from .totals import Totals, add_up
 
@@ -24,12 +25,14 @@ class Profile(CostDocument):
         layers: every layer that holds Parameters or buffers, or computes MACs.
         totals: their sums.
         uncounted: what ran without a MAC formula or was never called.
+        options: what optional settings of quantized layers add.
     """
 
     model: str
     layers: tuple[Layer, ...]
     totals: Totals
     uncounted: tuple[Uncounted, ...]
+    options: tuple[Option, ...] = ()
 
     @property
     def title(self) -> str:
@@ -42,12 +45,13 @@ class Profile(CostDocument):
         return self.totals.macs is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the profile as plain data: ``totals``, ``layers``, ``uncounted``."""
+        """Return the profile as plain data: ``totals``, ``layers``, ``uncounted``, ``options``."""
         return {
             "model": self.model,
             "totals": self.totals.to_dict(),
             "layers": [_layer_dict(layer) for layer in self.layers],
             "uncounted": [asdict(entry) for entry in self.uncounted],
+            "options": [asdict(option) for option in self.options],
         }
 
     def layer_table(self) -> Table:
@@ -108,6 +112,7 @@ class Report(CostDocument):
         uncounted: what ran without a MAC formula or was never called, after the conversion.
         opaque: the modules that torch.fx could not look into, and why.
         overwrites: the operations in place that broke autograd, rewritten or left.
+        options: what optional settings of quantized layers add.
     """
 
     model: str
@@ -117,6 +122,7 @@ class Report(CostDocument):
     uncounted: tuple[Uncounted, ...]
     opaque: tuple[Opaque, ...]
     overwrites: tuple[Overwrite, ...] = ()
+    options: tuple[Option, ...] = ()
 
     @property
     def title(self) -> str:
@@ -135,7 +141,7 @@ class Report(CostDocument):
         return [*super().notes(), *map(str, (*self.opaque, *self.overwrites))]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data: ``totals`` (``before``, ``after``), ``layers``, ``uncounted``, ``opaque``, ``overwrites``."""
+        """Return plain data, by the names of the attributes; rows are ``layers``, ``before`` and ``after`` in ``totals``."""
         return {
             "model": self.model,
             "totals": {"before": self.before.to_dict(), "after": self.after.to_dict()},
@@ -143,6 +149,7 @@ class Report(CostDocument):
             "uncounted": [asdict(entry) for entry in self.uncounted],
             "opaque": [asdict(module) for module in self.opaque],
             "overwrites": [asdict(operation) for operation in self.overwrites],
+            "options": [asdict(option) for option in self.options],
         }
 
     def layer_table(self) -> Table:
@@ -179,7 +186,7 @@ def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
         InputError: if the model does not run on the inputs.
     """
     facts = collect(model, example_inputs)
-    return Profile(type(unwrapped(model)).__name__, facts.layers, add_up(facts), facts.uncounted)
+    return Profile(type(unwrapped(model)).__name__, facts.layers, add_up(facts), facts.uncounted, facts.options)
 
 
 def compare(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> Report:
@@ -208,7 +215,7 @@ def compare(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> 
         rows.append(Row(old_layers.get(name), new_layers.get(name), verdict, decision.rule if decision else "", reason))
     opaque, overwrites = (plan.opaque, plan.overwrites) if plan else ((), ())
     name = type(unwrapped(before)).__name__
-    return Report(name, tuple(rows), add_up(old), add_up(new), new.uncounted, opaque, overwrites)
+    return Report(name, tuple(rows), add_up(old), add_up(new), new.uncounted, opaque, overwrites, new.options)
 
 
 def _layer_dict(layer: Layer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import QConv3d
+from ..layers.standardization import fitted_scale, latent
 from ..quantizations import Quantization
 from ..rules import Plan
 from .distribution import Distribution
@@ -59,6 +60,8 @@ def output_start(
     pad_value: float,
     start: InputStart,
     signal: Signal | None,
+    *,
+    standardize: bool = False,
 ) -> OutputStart:
     """Return the scale and offset that give the quantized layer's output the float layer's mean and spread per channel.
 
@@ -70,12 +73,16 @@ def output_start(
         return OutputStart("channel", 0.0)
     read = _quantized(signal.input, inputs, start)
     moments = bordered(read.mean(1), read.var(1, correction=0), _inside(conv, signal), pad_value)
-    weight, in_parts = (conv.weight, weights) if weights.elementwise else (weights(conv.weight), nn.Identity())
+    source = latent(conv.weight, standardize=standardize)
+    weight, in_parts = (source, weights) if weights.elementwise else (weights(source), nn.Identity())
     mean, variance = convolved(weight, conv.groups, *moments, in_parts)
     scale = signal.output.std / variance.sqrt()
     usable = scale.isfinite() & (scale > 0)
-    if not usable.all():
-        scale = torch.where(usable, scale, weights.fitted_scale(conv.weight).float().cpu())
+    if standardize or not usable.all():
+        fitted = fitted_scale(weights, conv.weight, standardize=standardize).float().cpu()
+        # a standardized channel may point away from its weights, as where all of them are equal and negative
+        usable = usable & (fitted > 0) if standardize else usable
+        scale = torch.where(usable, scale, fitted)
     bias = 0.0 if conv.bias is None else conv.bias.float().cpu()
     return OutputStart(scale, torch.where(usable, signal.output.mean - bias - scale * mean, 0.0))
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..layers import QConv3d_NoAct
 from ..layers.computed import weights_at_rest
+from ..layers.standardization import latent
 from ..modes import preserved_modes
 from .layers import no_layer, quantized_layers
 
@@ -47,7 +48,7 @@ def _signs(layer: QConv3d_NoAct) -> Tensor:
     whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     with preserved_modes(layer._weight_quantize):
         # not by a call: hooks are about the forward pass
-        return (layer._weight_quantize.eval().quantize(whole) > 0).flatten()
+        return (layer._weight_quantize.eval().quantize(latent(whole, standardize=layer.standardize)) > 0).flatten()
 
 
 def _places(device: torch.device) -> Tensor:

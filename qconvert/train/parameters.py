@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import InputError, ModelError
 from ..layers import QActivation
 from ..layers.computed import weight_parameters
+from ..layers.rprelu import RPReLU
 from ..quantizations import Identity, Quantization
 from .layers import quantized_layers
 
@@ -19,7 +20,7 @@ def parameter_groups(
     """Return the trainable parameters of a converted model in groups, for any torch optimizer.
 
     - ``latent``, at ``lr * latent_lr``, not decayed: the weights behind quantized ones, or what those are computed from.
-    - ``added``, at ``lr * added_lr``, not decayed: thresholds, scales, offsets, LSQ's steps, PReLU's slopes.
+    - ``added``, at ``lr * added_lr``, not decayed: thresholds, scales, offsets, LSQ's steps, what PReLU and RPReLU learn.
     - ``rest``, at ``lr``, decayed: everything else, the weights of converted layers that keep them float among it.
 
     The size of a latent weight is its inertia (Helwegen et al. 2019, https://arxiv.org/abs/1906.02107): decay makes the sign
@@ -70,5 +71,5 @@ def _added(model: nn.Module) -> Iterator[nn.Parameter]:
     for _, layer in quantized_layers(model):
         yield from (learned for learned in (layer.scale, layer.offset) if learned is not None)
     for module in model.modules():
-        if isinstance(module, (QActivation, Quantization, nn.PReLU)):
+        if isinstance(module, (QActivation, Quantization, RPReLU, nn.PReLU)):
             yield from module.parameters()

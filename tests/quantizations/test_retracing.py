@@ -38,7 +38,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def small_model(weight_quantization=Sign, input_quantization=Sign, **settings):
+def small_model(weight_quantization=Sign, input_quantization=Sign, hidden=3, **settings):
     # a wide window and a threshold, or the second layer's input, which a ReLU has made positive, would have a constant sign
     shared = {"gradient_cancellation_threshold": 4.0, "threshold": 0.25, "scale": "channel", "bias": True, "padding": 1}
 
@@ -47,7 +47,7 @@ def small_model(weight_quantization=Sign, input_quantization=Sign, **settings):
         return QConv3d(*channels, 3, **quantizers, **shared | settings)
 
     # the last one is a node whose name is the same in every graph
-    layers = {"conv1": layer(2, 3), "relu": nn.ReLU(), "conv2": layer(3, 2), "out": nn.Identity()}
+    layers = {"conv1": layer(2, hidden), "relu": nn.ReLU(), "conv2": layer(hidden, 2), "out": nn.Identity()}
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -99,6 +99,15 @@ def test_as_weight_and_as_input_quantization(tracer, name, training):
 @pytest.mark.parametrize("tracer", ["symbolic_trace", "feature_extractor", "export"])  # export traces as compile does
 def test_every_kind_of_padding(tracer, settings):
     assert_tracing_changes_nothing(small_model(**settings), tracer)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@every_tracer
+def test_optional_settings(tracer, training):
+    model = small_model(hidden=2, standardize=True, shortcut=True, rprelu=True)
+    model.relu = nn.Tanh()  # a ReLU cuts off what the slopes bend, as long as the summand is 0
+    assert {"conv1.rprelu.slope", "conv2.rprelu.shift"} < {name for name, _ in model.named_parameters()}
+    assert_tracing_changes_nothing(model.train(training), tracer)
 
 
 def test_learned_parameters_are_among_those_compared():

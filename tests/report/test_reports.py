@@ -34,7 +34,7 @@ class TestKeys:
     @pytest.mark.parametrize("inputs", [None, CLIP], ids=["not run", "run"])
     def test_report(self, inputs):
         data = _compared(TwoConvs(), inputs=inputs).to_dict()
-        assert data.keys() == {"model", "totals", "layers", "uncounted", "opaque", "overwrites"}
+        assert data.keys() == {"model", "totals", "layers", "uncounted", "opaque", "overwrites", "options"}
         assert data["totals"].keys() == {"before", "after"}
         assert data["totals"]["before"].keys() == data["totals"]["after"].keys() == TOTAL_KEYS
         for layer in data["layers"]:
@@ -44,7 +44,7 @@ class TestKeys:
     @pytest.mark.parametrize("inputs", [None, CLIP], ids=["not run", "run"])
     def test_profile(self, inputs):
         data = qconvert.profile(TwoConvs(), inputs).to_dict()
-        assert data.keys() == {"model", "totals", "layers", "uncounted"}
+        assert data.keys() == {"model", "totals", "layers", "uncounted", "options"}
         assert data["totals"].keys() == TOTAL_KEYS
         assert all(layer.keys() == LAYER_KEYS for layer in data["layers"])
 

@@ -34,6 +34,36 @@ SYMMETRIC = Distribution.normal(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]))
 SHIFTED = Distribution.normal(torch.tensor([0.0, 2.0, -4.0]), torch.tensor([1.0, 2.0, 3.0]))
 
 
+def options(**settings: Any) -> dict[str, Any]:
+    weight = {"quantizer": "sign", "scale": "channel", "standardize": settings.pop("standardize", False)}
+    return {"rule": [{"weight": weight, "input": {"quantizer": "sign", "threshold": "channel"}} | settings]}
+
+
+def test_shortcut_and_rprelu_change_no_start():
+    model = nn.Sequential(nn.Conv3d(4, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 4, 3, padding=1))
+    plain, around = (convert(model, options(**on)).state_dict() for on in ({}, {"shortcut": True, "rprelu": True}))
+    assert around.keys() - plain.keys() == {f"{n}.rprelu.{key}" for n in (0, 3) for key in ("shift", "slope", "summand")}
+    for key, value in plain.items():
+        assert torch.equal(around[key], value), key
+
+
+@pytest.mark.parametrize("quantizer_of_weights", ["sign", "ternary", "lsq"])
+def test_the_output_of_standardized_weights_starts_with_the_float_mean_and_spread(quantizer_of_weights: str):
+    model = nn.Sequential(nn.BatchNorm3d(8), nn.Conv3d(8, 6, 3)).eval()
+    with torch.no_grad():
+        model[1].weight.add_(0.05 * torch.randn(6, 1, 1, 1, 1))
+    rules = options(standardize=True)
+    rules["rule"][0]["weight"]["quantizer"] = quantizer_of_weights
+    model[0].running_mean.fill_(0.5)  # trained
+    converted = convert(model, rules)
+    half = torch.randn(4, 8, 8, 8, 8)
+    x = 0.5 + torch.cat([half, -half])  # of exactly that mean
+    with torch.no_grad():
+        wanted, got = (each(x).movedim(1, 0).flatten(1) for each in (model, converted))
+    assert_close(got.std(1), wanted.std(1), rtol=0.1, atol=0)
+    assert_close(got.mean(1), wanted.mean(1), rtol=0, atol=0.02 * wanted.std().item())
+
+
 # --- input_start ---
 
 

@@ -11,6 +11,8 @@ from models import CausalModel, FunctionalConv, Paddings, Residual, Standardized
 from small import CHANNELS, STEPS, clip, convert
 from torch import Tensor, nn
 
+from qconvert.layers import RPReLU
+
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 QUANTIZERS = {
@@ -61,6 +63,18 @@ def test_every_quantizer_exports_in_standard_operators(rules: Any, tmp_path: Pat
     converted = convert(residual(), rules)
     graph = exported(converted, tmp_path / "model.onnx")
     assert "Conv" in operators(graph)
+    assert not any("::" in operator for operator in operators(graph))
+    assert_runs_in_onnxruntime_as_in_torch(converted, tmp_path / "model.onnx", clip())
+
+
+def test_optional_settings_export(tmp_path: Path):
+    weight = {"quantizer": "sign", "scale": "channel", "standardize": True}
+    converted = convert(residual(), {"rule": [{"weight": weight, "input": "sign", "shortcut": True, "rprelu": True}]})
+    for module in converted.modules():
+        if isinstance(module, RPReLU):
+            for parameter in module.parameters():
+                nn.init.uniform_(parameter, -1, 1)
+    graph = exported(converted, tmp_path / "model.onnx")
     assert not any("::" in operator for operator in operators(graph))
     assert_runs_in_onnxruntime_as_in_torch(converted, tmp_path / "model.onnx", clip())
 
