@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..derived import below_parametrizations
 from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
+from ..quantizations.staged import at_work
 from .computed import is_trained
 from .fused import fused
 from .padding import Size, padding_amounts
@@ -267,7 +268,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         """Return what there is before shortcut and RPReLU."""
         quantized = self._weight_quantize(latent(weight, standardize=self.standardize))
         # with float weights there is no exact integer sum to keep apart from the bias: leave it to the convolution
-        is_float = isinstance(self._weight_quantize, Identity) and self.scale is None
+        is_float = isinstance(at_work(self._weight_quantize), Identity) and self.scale is None
         inner_bias, outer_bias = (bias, None) if is_float else (None, bias)
         padding: str | Size = self.padding
         if self.padding_mode != "zeros":
@@ -409,7 +410,7 @@ class QConv3d(QConv3d_NoAct):
     def _quantized_conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
         if not self._runs_fused:
             return super()._quantized_conv(self.activation(input), weight, bias)
-        inputs, weights, window = self.activation.activation_function, self._weight_quantize, self.activation.window
+        inputs, weights = at_work(self.activation.activation_function), at_work(self._weight_quantize)
         output: Tensor = fused(
             input,
             latent(weight, standardize=self.standardize),
@@ -422,7 +423,7 @@ class QConv3d(QConv3d_NoAct):
             [float(each) for each in inputs.operator_settings],
             weights.operator,
             [float(each) for each in weights.operator_settings],
-            window,
+            self.activation.window,
             self.stride,
             padding_amounts(self.padding, self.kernel_size, self.dilation),
             self.pad_value,
@@ -434,14 +435,16 @@ class QConv3d(QConv3d_NoAct):
     @property
     def _runs_fused(self) -> bool:
         """Whether a step of training is one operator: not where hooks, ONNX or other quantizers see what lies between."""
-        parts = (self.activation, self.activation.activation_function, self._weight_quantize)
+        inputs, weights = self.activation.activation_function, self._weight_quantize
+        quantizers = (at_work(inputs), at_work(weights))
+        parts = (self.activation, inputs, weights, *quantizers)
         return (
             self.training
             and torch.is_grad_enabled()
             and not torch.onnx.is_in_onnx_export()
             and self.padding_mode == "zeros"
-            and not isinstance(self._weight_quantize, Identity)
+            and not isinstance(quantizers[1], Identity)
             and type(self.activation) is QActivation
-            and all(type(part).quantize is Quantization.quantize and part.operator is not None for part in parts[1:])
+            and all(type(each).quantize is Quantization.quantize and each.operator is not None for each in quantizers)
             and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         )
