@@ -8,15 +8,16 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..modes import preserved_modes
 
-_NAMES = ("weight", "weight_g", "weight_v", "weight_orig")
-"""Plain; of the old weight_norm; of prune and the old spectral_norm."""
+_SOURCES = ("weight_g", "weight_v", "weight_orig")
+"""Of the old weight_norm; of prune and the old spectral_norm."""
 
 
 def weight_parameters(conv: nn.Conv3d) -> list[nn.Parameter]:
     """Return the Parameter that is the weight, or those that a parametrization or a hook computes it from."""
     if is_parametrized(conv, "weight"):
         return list(conv.parametrizations["weight"].parameters())  # type: ignore[union-attr, index]
-    own = [conv._parameters.get(name) for name in _NAMES]
+    names = ("weight",) if "weight" in conv._parameters else _SOURCES
+    own = [conv._parameters.get(name) for name in names]
     return [parameter for parameter in own if parameter is not None]
 
 
