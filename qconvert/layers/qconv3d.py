@@ -358,11 +358,12 @@ class QConv3d(QConv3d_NoAct):
         if not self._runs_fused:
             return super()._conv_forward(self.activation(input), weight, bias)
         inputs, weights, window = self.activation.activation_function, self._weight_quantize, self.activation.window
+        spread = self.activation.spread
         output: Tensor = fused(
             input,
             weight,
             self.activation.threshold,
-            self.activation.spread,
+            None if spread is None else spread.to(weight.dtype),  # FSDP casts Parameters and no buffers
             self.scale,
             self.offset,
             bias,
