@@ -4,6 +4,7 @@
 >>> model = qconvert.binarize(model, "default")  # prints what it does to parameter bits and FLOPs
 """
 
+from . import train
 from .diagnosis import Diagnosis, diagnose
 from .errors import ConstantInputWarning, InputError, ModelError, QConvertError, QuantizerError, RuleError
 from .layers import QActivation, QConv3d, QConv3d_NoAct
@@ -39,4 +40,5 @@ __all__ = [
     "preview",
     "profile",
     "trace",
+    "train",
 ]

@@ -6,23 +6,23 @@ the mean and spread of the float layer's; the BatchNorms behind it see the outpu
 statistics anew. What is kept is a few numbers per channel, however many batches there are.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import InputError, QConvertError
-from .example import FORMS, arguments, copied_inputs, described, is_array, refused
+from .batches import numbered, run
+from .errors import InputError
+from .example import FORMS
 from .layers import QActivation, QConv3d
 from .layers.qconv3d import per_channel
 from .observer import make_float
 from .rules import Plan
+from .running_statistics import averaging, live_norms
 from .signals import POINTS, Distribution, mixture
 from .trace import copied
 
@@ -149,9 +149,7 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
     Raises:
         InputError: if these are no batches or there is none, or the model does not run on one.
     """
-    _check_batches(batches)
-    norms = [module for module in converted.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
-    live = [norm for norm in norms if norm.training == converted.training]
+    live = list(live_norms(converted).values())
     original = copied(converted.eval())
     layers = {decision.site.name: _Layer(decision.site.name) for decision in plan.converted}
     for name, layer in layers.items():
@@ -161,39 +159,12 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
         # under the forward of a subclass, and under the hooks of the user
         vars(counterpart)["_conv_forward"] = partial(layer.watch_float, counterpart)
         vars(quantized)["_conv_forward"] = partial(layer.watch_quantized, quantized)
-    for norm in live:
-        norm.train()
-        norm.momentum = None  # the average of all batches
-        norm.reset_running_stats()
-    number = 0
-    for number, batch in enumerate(track(batches, "Calibrating", console=Console(stderr=True), transient=True), start=1):
-        for model in (original, converted):
-            _run(model, batch, number)
-    if not number:
-        raise InputError("calibration_data has no batch: an iterator that was used up? Pass a list or a DataLoader")
+    with averaging(live):
+        for number, batch in numbered(batches, "calibration_data", "Calibrating"):
+            for model in (original, converted):
+                run(model, batch, f"calibration batch {number}", _advice(batch))
     inputs = {name: layer.reads for name, layer in layers.items() if layer.reads is not None}
     return Calibration(_state(converted, layers, live), inputs)
-
-
-def _check_batches(batches: Any) -> None:
-    advice = "pass a list of batches [x], a DataLoader or a generator"
-    if isinstance(batches, str) or not isinstance(batches, Iterable):
-        raise InputError(f"calibration_data is no iterable of batches but {described(batches)}: {advice}")
-    # iterating over them gives clips, keys or single arguments, on which a model may even run
-    if isinstance(batches, (Mapping, tuple)) or is_array(batches):
-        several = ". If its items are the batches, pass list(x)" if isinstance(batches, tuple) else ""
-        raise InputError(f"calibration_data is one batch, {described(batches)}: {advice}{several}")
-
-
-def _run(model: nn.Module, batch: Any, number: int) -> None:
-    args, kwargs = arguments(copied_inputs(batch))
-    name = f"calibration batch {number}"
-    try:
-        model(*args, **kwargs)
-    except QConvertError as error:
-        raise type(error)(f"{name}: {error}") from error
-    except Exception as error:
-        raise InputError(f"{refused(model, f'{name},', batch, error)}. {_advice(batch)}") from error
 
 
 def _advice(batch: Any) -> str:

@@ -110,6 +110,17 @@ class Diagnosis(Document):
         layers = [layer.to_dict() for layer in self.layers]
         return {"model": self.model, "layers": layers, "dead": list(self.dead), "remarks": list(self.remarks)}
 
+    def scalars(self) -> dict[str, float]:
+        """Return what was measured by TensorBoard's tags, ``positive/layer1.0.conv1``, and how many layers are ``dead``.
+
+        What is None has no tag. For ``SummaryWriter.add_scalar(tag, value, step)``.
+        """
+        tags = {"dead": float(len(self.dead))}
+        for layer in self.layers:
+            measured = {what: value for what, value in layer.to_dict().items() if what not in _FIXED and value is not None}
+            tags |= {f"{what}/{layer.name}".rstrip("/"): float(value) for what, value in measured.items()}
+        return tags
+
     def layer_table(self) -> Table:
         """Return the layers as a table."""
         brief = tuple(header for header in _COLUMNS if header not in _WIDE_ONLY)
@@ -151,6 +162,8 @@ _COLUMNS = {
 }
 
 
+_FIXED = ("name", "input_bits", "channels")
+"""What a layer is, and not what it saw."""
 _WIDE_ONLY = ("input bits", "calls", "constant in float", "nonzero", "nonfinite", "gradient norm", "float gradient norm")
 _OF_ANY_MAGNITUDE = ("gradient_norm", "float_gradient_norm", "gradient_ratio", "snr_db")
 

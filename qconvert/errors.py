@@ -24,7 +24,7 @@ class ModelError(QConvertError, ValueError):
 
 
 class InputError(QConvertError, ValueError):
-    """The model does not run on an example input or on calibration data."""
+    """What comes in cannot be used: a model does not run on it, there is none of it, it is not finite or out of range."""
 
 
 def did_you_mean(seen: str, allowed: Iterable[str]) -> str:

@@ -585,3 +585,30 @@ class TestFormats:
         assert [int(row["calls"]) for row in rows] == [1, 1]
         header = next(line for line in diagnosis.to_markdown().splitlines() if line.startswith("|"))
         assert [cell.strip() for cell in header.strip("|").split("|")] == list(rows[0])
+
+
+def test_scalars_are_read_back_by_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = nn.Sequential(nn.ReLU(), QConv3d(3, 4, 1), QConv3d(4, 2, 1, input_quantization="lsq"))
+    model[2].weight.requires_grad_(requires_grad=False)
+    diagnosis = diagnose(model, clip())
+    with SummaryWriter(tmp_path) as writer:
+        for tag, value in diagnosis.scalars().items():
+            writer.add_scalar(tag, value, 7)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    read = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert read.pop("dead") == [(7, 1.0)]
+    measures = ("calls", "positive", "lowest_positive", "median_positive", "highest_positive", "constant_channels")
+    measures += ("lost_channels", "float_constant_channels", "nonzero", "window", "nonfinite")
+    measures += ("gradient_norm", "float_gradient_norm", "gradient_ratio", "snr_db")
+    expected = {f"{what}/{layer.name}": getattr(layer, what) for layer in diagnosis.layers for what in measures}
+    assert {tag for tag, value in expected.items() if value is None} > {"positive/2", "gradient_norm/2"}
+    assert read == {tag: [(7, pytest.approx(value))] for tag, value in expected.items() if value is not None}
+
+
+def test_scalars_of_a_layer_without_a_name():
+    scalars = diagnose(QConv3d(3, 4, 1), clip()).scalars()
+    assert scalars["calls"] == 1.0
+    assert scalars["dead"] == 0.0

@@ -109,6 +109,8 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
 
     scale: nn.Parameter | None
     offset: nn.Parameter | None
+    latent_clip: float | None = None
+    _last_signs: Tensor | None = None
     _default_pad_value = -1.0
 
     def __init__(
