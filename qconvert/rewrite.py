@@ -28,12 +28,12 @@ _PLAN_ATTRIBUTE = "_qconvert_plan"
 
 
 def check_quantizers(rules: Rules) -> None:
-    """Build every quantizer that the rules name.
+    """Build every quantizer that the rules and the stages of their schedule name.
 
     Raises:
-        RuleError: naming the rule, if one does not exist or does not take its settings.
+        RuleError: naming the rule or stage, if one does not exist or does not take its settings.
     """
-    for label, rule in rules.rules:
+    for label, rule in (*rules.rules, *rules.schedule):
         for key in ("weight", "input"):
             spec: Quantizer | None = getattr(rule, key)
             if spec is not None:

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from .errors import RuleError, did_you_mean
 from .sites import Opaque, Overwrite, Site, conv3d_names
-from .tables import SETTINGS, Model, Quantizer, Rule, RuleFile, matches, validated
+from .tables import SETTINGS, Model, Quantizer, Rule, RuleFile, Stage, matches, validated
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class Rules:
         source: where they come from, for messages.
         rules: the rules, each with the label that messages and the decision table show.
         model: what they are for.
+        schedule: the stages of training, each with its label.
     """
 
     source: str
     rules: tuple[tuple[str, Rule], ...]
     model: Model = Model()
+    schedule: tuple[tuple[str, Stage], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,16 @@ def _found(name: str | Path, folder: Path) -> Path:
 
 def _resolved(file: RuleFile, label: str, folder: Path, within: tuple[Path, ...]) -> Rules:
     rules = tuple((f"{label}, rule {number}", rule) for number, rule in enumerate(file.rule, start=1))
+    stages = () if file.schedule is None else file.schedule.stage
+    schedule = tuple((f"{label}, [schedule], stage {number}", stage) for number, stage in enumerate(stages, start=1))
     if file.extends is None:
-        return Rules(label, rules, file.model)
+        return Rules(label, rules, file.model, schedule)
     try:
         base = _load(file.extends, folder, within)
     except RuleError as error:
         raise RuleError(f"{label}: extends: {error}") from error
-    return Rules(label, (*base.rules, *rules), base.model.model_copy(update=file.model.model_dump(exclude_unset=True)))
+    model = base.model.model_copy(update=file.model.model_dump(exclude_unset=True))
+    return Rules(label, (*base.rules, *rules), model, base.schedule if file.schedule is None else schedule)
 
 
 def match(
@@ -199,12 +204,12 @@ def _check_selects(rule: Rule, label: str, sites: tuple[Site, ...]) -> None:
     for glob in rule.layers or ():
         if not any(matches(site, glob) for site in convs):
             instead = _instead(site for site in sites if matches(site, glob))
-            raise RuleError(f"{label}: layers: {glob!r} selects no Conv3d{instead}. {_nearest(glob, convs)}")
+            raise RuleError(f"{label}: layers: {glob!r} selects no Conv3d{instead}. {nearest(glob, conv3d_names(convs))}")
     if not any(rule.selects(site) for site in convs):
         selectors = rule.model_dump(exclude_none=True, exclude={*SETTINGS, "optional"})
         instead = _instead(site for site in sites if rule.selects(site))
         hint = "Add `optional = true` if that is fine."
-        raise RuleError(f"{label}: no Conv3d has all of {selectors}{instead}. {hint} {_nearest('', convs)}")
+        raise RuleError(f"{label}: no Conv3d has all of {selectors}{instead}. {hint} {nearest('', conv3d_names(convs))}")
 
 
 def _instead(others: Iterable[Site]) -> str:
@@ -213,8 +218,9 @@ def _instead(others: Iterable[Site]) -> str:
     return f", only {', '.join(f'{count} {kind}' for kind, count in kinds.items())}" if kinds else ""
 
 
-def _nearest(glob: str, sites: list[Site]) -> str:
-    names = [name or "(the model itself)" for name in conv3d_names(sites)]
+def nearest(glob: str, names: Iterable[str]) -> str:
+    """Say which of the names of layers are the nearest to a glob that selects none of them."""
+    names = [name or "(the model itself)" for name in names]
     common = sorted(names, key=lambda name: -_common_prefix(name, glob))[:5]
     more = f", ... ({len(names)} in all)" if len(names) > len(common) else ""
     return f"Nearest: {', '.join(common)}{more}.{did_you_mean(glob, names)}"

@@ -83,13 +83,15 @@ class Quantizer(_Table):
 
 
 QuantizerField = Annotated[Quantizer, BeforeValidator(_as_table, json_schema_input_type=str | Quantizer)]
+Globs = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Temperature = Annotated[Finite, Field(ge=0, le=1)]
 Triple = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
 class Rule(_Table):
     """One ``[[rule]]`` table: which layers it selects, and what it sets for them."""
 
-    layers: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] | None = Field(
+    layers: Globs | None = Field(
         None, description="Glob, or list of globs, over dotted layer names; * crosses dots. Each must match a layer."
     )
     type: str | None = Field(None, description="Glob over class names, e.g. Conv3DSimple.")
@@ -170,12 +172,56 @@ class Model(_Table):
     input_dtype: Literal["float", "uint8", "int64"] = Field("float", description="dtype of the example input.")
 
 
+class Stage(_Table):
+    """One ``[[schedule.stage]]`` table: what the layers that it concerns are while it lasts."""
+
+    steps: int = Field(gt=0, description="How many calls of schedule.step() the stage lasts.")
+    layers: Globs | None = Field(
+        None,
+        description="Glob, or list of globs, over the names of converted layers: the others keep what they have. "
+        "All of them where it is absent.",
+    )
+    weight: QuantizerField | None = Field(None, description="Quantizer of the weight; the rule's own where it is absent.")
+    input: QuantizerField | None = Field(None, description="Quantizer of the input; the rule's own where it is absent.")
+    gradient_cancellation_threshold: Finite | None = Field(
+        None, ge=0, description="Half-width of the gradient window; absent: the rule's own, or off for an identity input."
+    )
+    transition: Literal["step", "linear", "layerwise"] = Field(
+        "step",
+        description="step: at once; linear: the quantizers before are mixed with these, whose share grows over the stage; "
+        "layerwise: one layer after the other.",
+    )
+    order: Literal["output", "input", "sensitivity"] | None = Field(
+        None, description="layerwise only: from the output (the default), from the input, or the least sensitive first."
+    )
+    temperature: Annotated[list[Temperature], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="[from, to]: temperature of progressive_sign, linear over the stage."
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.order is not None and self.transition != "layerwise":
+            raise ValueError('order is a setting of transition = "layerwise"')
+        for side, spec in (("weight", self.weight), ("input", self.input)):
+            for key in ("scale", "threshold"):
+                if spec is not None and getattr(spec, key) is not None:
+                    raise ValueError(f"{side} takes no {key!r} in a stage: the layer keeps that of its rule")
+        return self
+
+
+class Stages(_Table):
+    """The ``[schedule]`` table: what happens to the converted layers while they are trained."""
+
+    stage: list[Stage] = Field([], description="The stages, one after the other. Then the layers are what their rules say.")
+
+
 class RuleFile(_Table):
     """A rule file as it is written."""
 
     extends: str | None = Field(None, description="Bundled name or path of a rule file whose rules come first.")
     model: Model = Field(Model(), description="What the rules are for.")
     rule: list[Rule] = Field([], description="The rules, top to bottom.")
+    schedule: Stages | None = Field(None, description="Stages of training; replaces that of the file extended.")
 
 
 def validated(table: Mapping[str, Any], source: str) -> RuleFile:
@@ -205,9 +251,13 @@ def _worded(detail: Mapping[str, Any], source: str) -> str:
     if place == "rule" and keys and isinstance(keys[0], int):
         table = Rule
         where = f"{source}, rule {keys.pop(0) + 1}"
-    elif place == "model" and keys:
-        table = Model
-        where = f"{source}, [model]"
+    elif place in _TOP_LEVEL and keys:
+        table = _TOP_LEVEL[place]
+        where = f"{source}, [{place}]"
+        if keys[0] == "stage" and len(keys) > 1:
+            table = Stage
+            where = f"{where}, stage {keys[1] + 1}"
+            del keys[:2]
     else:
         keys.insert(0, place)
     key = str(keys[0]) if keys else ""
@@ -217,9 +267,13 @@ def _worded(detail: Mapping[str, Any], source: str) -> str:
     # the rest of the location is pydantic's own (which member of a union it tried), but for a table's key
     inner = "".join(f".{part}" for part in keys[1:] if part in Quantizer.model_fields)
     message = re.sub(r" or instance of \w+", "", detail["msg"].removeprefix("Value error, "))
-    seen = "" if isinstance(detail["input"], Rule) else f", got {detail['input']!r}"
+    seen = "" if isinstance(detail["input"], (Rule, Stage)) else f", got {detail['input']!r}"
     suggestion = did_you_mean(detail["input"], _literals(detail)) if isinstance(detail["input"], str) else ""
     return f"{where}: {key}{inner}: {message}{seen}.{suggestion}" if key else f"{where}: {message}{seen}."
+
+
+_TOP_LEVEL: dict[Any, type[BaseModel]] = {"model": Model, "schedule": Stages}
+"""The tables at the top of a file, by key."""
 
 
 def _literals(detail: Mapping[str, Any]) -> list[str]:

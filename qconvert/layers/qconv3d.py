@@ -234,7 +234,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         # here, not in forward: a subclass may end in super().forward(x) or in self._conv_forward(x, weight, bias)
         quantized = self._weight_quantize(weight)
         # with float weights there is no exact integer sum to keep apart from the bias: leave it to the convolution
-        is_float = isinstance(self._weight_quantize, Identity) and self.scale is None
+        is_float = isinstance(self._weight_quantize.current, Identity) and self.scale is None
         inner_bias, outer_bias = (bias, None) if is_float else (None, bias)
         padding: str | Size = self.padding
         if self.padding_mode != "zeros":
@@ -359,7 +359,7 @@ class QConv3d(QConv3d_NoAct):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
         if not self._runs_fused:
             return super()._conv_forward(self.activation(input), weight, bias)
-        inputs, weights, window = self.activation.activation_function, self._weight_quantize, self.activation.window
+        inputs, weights = self.activation.activation_function.current, self._weight_quantize.current
         spread = self.activation.spread
         output: Tensor = fused(
             input,
@@ -373,7 +373,7 @@ class QConv3d(QConv3d_NoAct):
             [float(each) for each in inputs.operator_settings],
             weights.operator,
             [float(each) for each in weights.operator_settings],
-            window,
+            self.activation.window,
             self.stride,
             _padding_amounts(self.padding, self.kernel_size, self.dilation),
             self.pad_value,
@@ -385,14 +385,16 @@ class QConv3d(QConv3d_NoAct):
     @property
     def _runs_fused(self) -> bool:
         """Whether a step of training is one operator: not where hooks, ONNX or other quantizers see what lies between."""
-        parts = (self.activation, self.activation.activation_function, self._weight_quantize)
+        inputs, weights = self.activation.activation_function, self._weight_quantize
+        quantizers = (inputs.current, weights.current)
+        parts = (self.activation, inputs, weights, *quantizers)
         return (
             self.training
             and torch.is_grad_enabled()
             and not torch.onnx.is_in_onnx_export()
             and self.padding_mode == "zeros"
-            and not isinstance(self._weight_quantize, Identity)
+            and not isinstance(weights.current, Identity)
             and type(self.activation) is QActivation
-            and all(type(part).quantize is Quantization.quantize and part.operator is not None for part in parts[1:])
+            and all(type(each).quantize is Quantization.quantize and each.operator is not None for each in quantizers)
             and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         )

@@ -27,7 +27,8 @@ class ProgressiveSign(BinaryQuantization):
     in evaluation ``y = -1 if x < 0 else +1``. Gradient: ``dy/dx = 1``.
 
     From bitorch (https://github.com/hpi-xnor/bitorch). There the scale is by default one global variable of the process;
-    here it belongs to the quantizer and is set by whoever trains: ``quantizer.scale = epoch / epochs``.
+    here it belongs to the quantizer and is set by whoever trains: ``quantizer.scale = epoch / epochs``. Or set the
+    temperature itself, which from then on does not depend on the scale: ``quantizer.temperature = epoch / epochs``.
 
     Args:
         use_global_scaling: taken for bitorch's sake; there is no global scale here, so it changes nothing.
@@ -60,13 +61,20 @@ class ProgressiveSign(BinaryQuantization):
         self.custom_transform = custom_transform
         self.alpha = alpha
         self.beta = beta
+        self._temperature: float | None = None
 
     @property
     def temperature(self) -> float:
-        """Temperature that belongs to the present scale."""
+        """Temperature that was set, else the one that belongs to the present scale. Setting None is going back to that."""
+        if self._temperature is not None:
+            return self._temperature
         if self.custom_transform is not None:
             return self.custom_transform(self.scale)
         return float(1 - self.alpha ** (-self.beta * self.scale))
+
+    @temperature.setter
+    def temperature(self, temperature: float | None) -> None:
+        self._temperature = temperature
 
     @property
     def operator(self) -> str:  # type: ignore[override]

@@ -6,9 +6,11 @@ from .distillation import Distillation, distill
 from .finite import finite
 from .health import flip_rate
 from .parameters import parameter_groups
+from .schedule import Schedule
 
 __all__ = [
     "Distillation",
+    "Schedule",
     "clip_latent_weights",
     "distill",
     "finite",
