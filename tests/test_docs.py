@@ -187,7 +187,7 @@ def test_every_public_name_is_in_the_reference():
     reference = (DOCS / "api.md").read_text(encoding="utf-8")
     # `qconvert.trace` is documented as `qconvert.trace.trace`: read without running it, the shorter name is the module's
     listed = {entry.rpartition(".")[2] for entry in re.findall(r"^::: (qconvert\.\S+)$", reference, re.MULTILINE)}
-    assert set(qconvert.__all__) - listed == set()
+    assert {*qconvert.__all__, *qconvert.train.__all__} - listed == set()
 
 
 def test_every_quantizer_has_its_formula():

@@ -50,7 +50,8 @@ class LastCall:
         self.arguments = _copied((args, kwargs))
 
     def _see(self, name: str, _layer: nn.Module, _args: object, output: Any) -> None:
-        if not self.is_complete:  # and not once more, for checkpointing in the backward pass
+        # and not once more, for checkpointing in the backward pass
+        if self.arguments is not None and not self.is_complete:
             self.layers[name].append(_copied(output))
 
     def _end(self, _model: nn.Module, _args: object, output: Any) -> None:

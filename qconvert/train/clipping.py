@@ -17,7 +17,7 @@ def clip_latent_weights(model: nn.Module) -> None:
     Courbariaux et al. 2015, BinaryConnect, section 2.4, https://arxiv.org/abs/1511.00363.
 
     Raises:
-        ModelError: if such a layer's weight is computed (weight_norm, prune) and cannot be clipped; then no weight is changed.
+        ModelError: if such a layer's weight is computed (weight_norm, prune), where none can be clipped. Nothing is changed.
     """
     clipped = [(name, layer, layer.latent_clip) for name, layer in quantized_layers(model) if layer.latent_clip is not None]
     for name, layer, _ in clipped:

@@ -41,7 +41,7 @@ def distill(
     teacher on the same arguments, in eval mode and without gradients, and restores its modes.
 
     A student in DDP's or torch.compile's wrapper is given with it, as it is called. What has been compiled and run before
-    does not see the hooks on ``layers``.
+    does not see the hooks on ``layers``, and from within a reentrant checkpoint their outputs come without gradients.
 
     Args:
         student: the model that is trained.

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import Checkpointed, Clip, DataclassInDataclassOut, DictInDictOut, KeywordOnly, MutatedInputs, SharedModule
+from models import (
+    CheckpointedByHooks,
+    Clip,
+    DataclassInDataclassOut,
+    DictInDictOut,
+    KeywordOnly,
+    MutatedInputs,
+    SharedModule,
+)
 from small import clip, convert
 from torch import Tensor, nn
 
@@ -84,6 +92,11 @@ def attention(student: np.ndarray, teacher: np.ndarray) -> float:
     return float(np.mean(distances))
 
 
+def close_to(number: float) -> Any:
+    """Compare with what float32 leaves of a difference of logits."""
+    return pytest.approx(number, rel=1e-5, abs=1e-6)
+
+
 def in_eval(model: nn.Module, x: Any) -> Tensor:
     with torch.no_grad():
         return copy.deepcopy(model).eval()(x)
@@ -99,13 +112,11 @@ def test_logits(logits: str, formula: Callable[..., float], temperature: float):
     expected = in_eval(teacher, clip())
     with distill(student, teacher, logits=logits, temperature=temperature, logits_weight=0.5) as distillation:
         y = student(clip())
-        assert alone(distillation.loss()) == pytest.approx(0.5 * formula(array(y), array(expected), temperature), rel=1e-5)
+        assert alone(distillation.loss()) == close_to(0.5 * formula(array(y), array(expected), temperature))
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (2, 3, 2, 2, 2)], ids=str)
 def test_softmax_is_over_dim_1(shape: tuple[int, ...]):
-    student, teacher = nn.BatchNorm1d(1), nn.Identity()
-
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -115,9 +126,9 @@ def test_softmax_is_over_dim_1(shape: tuple[int, ...]):
             return self.gain * x
 
     student, x = Scaled(), torch.randn(shape)
-    with distill(student, teacher) as distillation:
+    with distill(student, nn.Identity()) as distillation:
         y = student(x)
-        assert alone(distillation.loss()) == pytest.approx(kl(array(y), array(x), 1.0), rel=1e-5)
+        assert alone(distillation.loss()) == close_to(kl(array(y), array(x), 1.0))
 
 
 @pytest.mark.parametrize("layer", ["first", "norm", "relu"])
@@ -178,7 +189,6 @@ def test_channels_that_are_constant_in_the_teacher():
 def test_gradients_reach_the_student_only():
     student, teacher = pair()
     before = copy.deepcopy(teacher.state_dict())
-    modes = [module.training for module in teacher.modules()]
     teacher.norm.eval()
     modes = [module.training for module in teacher.modules()]
     with distill(student, teacher, layers=["first", "norm"]) as distillation:
@@ -215,7 +225,6 @@ def test_a_copy_of_the_teacher_is_perfect():
 def test_any_arguments_and_outputs(build: type[nn.Module], call: Callable[[nn.Module], Any]):
     teacher = build()
     student = copy.deepcopy(teacher)
-    picked = []
     with distill(student, teacher, logits="mse") as distillation:
         call(student)
         assert alone(distillation.loss()) == 0
@@ -223,7 +232,6 @@ def test_any_arguments_and_outputs(build: type[nn.Module], call: Callable[[nn.Mo
             next(student.parameters()).add_(1)
         call(student)
         assert alone(distillation.loss()) > 0
-    assert not picked
 
 
 def test_output_picks_what_is_compared():
@@ -242,20 +250,19 @@ def test_a_change_of_the_output_in_place_comes_too_late():
         y = student(clip())
         logits = array(y)
         y.mul_(100)
-        assert alone(distillation.loss()) == pytest.approx(kl(logits, expected, 1), rel=1e-5)
+        assert alone(distillation.loss()) == close_to(kl(logits, expected, 1))
 
 
 def test_checkpointed_layers_are_seen_once():
-    student, teacher = pair(Checkpointed)
-    name = next(name for name, module in student.named_modules() if isinstance(module, nn.Conv3d))
-    losses = []
-    with distill(student, teacher, layers=[name], logits="mse") as distillation:
-        for _ in range(2):
-            student(clip())
-            loss = distillation.loss()
-            loss.backward()
-            losses.append(loss.item())
-    assert losses[0] == losses[1]
+    student, teacher = pair(CheckpointedByHooks)
+    with distill(student, teacher, layers=["block.0"], logits=None) as distillation:
+        student(clip())
+        loss = distillation.loss()
+        loss.backward()
+        assert student.block[0].weight.grad.abs().sum() > 0
+        assert distillation._of_student.layers == {"block.0": []}
+        student(clip())
+        assert torch.equal(distillation.loss(), loss)
 
 
 def test_under_autocast():
@@ -341,7 +348,7 @@ def test_loss_is_of_one_call():
         distillation.loss()
     student(clip())
     with pytest.raises(RuntimeError):
-        student(clip()[:, :1])
+        student(clip()[:, [0, 1, 0]])
     with pytest.raises(InputError, match=r"^loss\(\) without a call"):
         distillation.loss()
 
