@@ -26,7 +26,7 @@ import qconvert
 from qconvert.cli import app, main
 from qconvert.pipeline import check_rules
 from qconvert.quantizations import quantization_from_name, quantization_names
-from qconvert.tables import Model, Quantizer, Rule, RuleFile
+from qconvert.tables import Model, Quantizer, Rule, RuleFile, Stage, Stages
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -201,6 +201,8 @@ def test_every_key_of_a_rule_file_is_explained():
     rules = (DOCS / "rules.md").read_text(encoding="utf-8")
     keys = [key for table in (RuleFile, Model, Rule, Quantizer) for key in table.model_fields]
     assert [key for key in keys if f"| `{key}` |" not in rules] == []
+    schedules = (DOCS / "schedules.md").read_text(encoding="utf-8")
+    assert [key for table in (Stages, Stage) for key in table.model_fields if f"| `{key}` |" not in schedules] == []
 
 
 def test_every_option_of_the_command_line_is_explained():

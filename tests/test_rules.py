@@ -143,6 +143,10 @@ def test_blocked_and_converted_sites_are_left_alone():
     ]
 
 
+def stage(**keys: object) -> dict:
+    return {"schedule": {"stage": [{"steps": 1, **keys}]}}
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -174,6 +178,29 @@ def test_blocked_and_converted_sites_are_left_alone():
         ({"rule": [{"pad_value": "0"}]}, "valid number, got '0'"),
         ({"rule": {"weight": "sign"}}, "rule: Input should be a valid list"),
         ({"rule": ["sign"]}, "rules, rule 1: Input should be a valid dictionary, got 'sign'"),
+        ({"schedule": [{"steps": 1}]}, r"rules: schedule: Input should be a valid dictionary"),
+        ({"schedule": {"stages": []}}, r"rules, \[schedule\]: unknown key 'stages'. Allowed: stage. Did you mean 'stage'\?"),
+        ({"schedule": {"stage": 3}}, r"rules, \[schedule\]: stage: Input should be a valid list, got 3"),
+        (
+            {"schedule": {"stage": [{"steps": 1}, 3]}},
+            r"rules, \[schedule\], stage 2: Input should be a valid dictionary.*, got 3",
+        ),
+        ({"schedule": {"stage": [{"steps": 1}, {}]}}, r"rules, \[schedule\], stage 2: steps: Field required"),
+        (stage(steps=0), r"rules, \[schedule\], stage 1: steps: .*greater than 0, got 0"),
+        (stage(steps=1.5), r"steps: Input should be a valid integer, got 1.5"),
+        (stage(layer="a"), r"stage 1: unknown key 'layer'\. Allowed: steps, layers, .*Did you mean 'layers'\?"),
+        (stage(transition="liner"), r"transition: .*'step', 'linear' or 'layerwise', got 'liner'.*Did you mean 'linear'\?"),
+        (stage(order="output"), r'stage 1: order is a setting of transition = "layerwise"'),
+        (stage(transition="layerwise", order="first"), r"order: .*'output', 'input' or 'sensitivity', got 'first'"),
+        (stage(temperature=[0]), r"temperature: .*at least 2 items.*got \[0\]"),
+        (stage(temperature=[0, 1.5]), r"temperature: .*less than or equal to 1, got 1.5"),
+        (stage(gradient_cancellation_threshold=-1), "greater than or equal to 0, got -1"),
+        (
+            stage(weight={"quantizer": "sign", "scale": "channel"}),
+            "weight takes no 'scale' in a stage: the layer keeps that",
+        ),
+        (stage(input={"quantizer": "sign", "threshold": 0.5}), "input takes no 'threshold' in a stage"),
+        (stage(weight={"bits": 1}), r"stage 1: weight\.quantizer: Field required"),
         ({"extends": "defalt"}, r"rules: extends: no rule file 'defalt'.*Did you mean 'default'\?"),
     ],
     ids=str,
@@ -202,6 +229,13 @@ def test_errors_of_a_table(table, message):
 def test_errors_of_a_quantizer(spec, message):
     with pytest.raises(RuleError, match=message):
         check_quantizers(load_rules({"rule": [{"weight": spec}]}))
+
+
+def test_errors_of_a_quantizer_of_a_stage():
+    with pytest.raises(RuleError, match=r"rules, \[schedule\], stage 2: input: lsq: bits must be .*, got 99"):
+        check_quantizers(
+            load_rules({"schedule": {"stage": [{"steps": 1}, {"steps": 1, "input": {"quantizer": "lsq", "bits": 99}}]}})
+        )
 
 
 @pytest.mark.parametrize(
@@ -234,6 +268,29 @@ def test_files(tmp_path):
     assert load_rules(bundled).rules == load_rules("bitorch").rules
 
 
+def test_a_schedule_replaces_that_of_the_file_extended(tmp_path):
+    (tmp_path / "base.toml").write_text('[schedule]\n[[schedule.stage]]\nsteps = 2\nweight = "identity"\n')
+    for name, text in {
+        "keeps": "",
+        "replaces": '[[schedule.stage]]\nsteps = 3\nlayers = "a"\n[[schedule.stage]]\nsteps = 4\ntemperature = [0, 1]\n',
+        "drops": "[schedule]\n",
+    }.items():
+        (tmp_path / f"{name}.toml").write_text(f'extends = "base.toml"\n{text}')
+    stages = {
+        name: [
+            (label, stage.model_dump(exclude_unset=True)) for label, stage in load_rules(tmp_path / f"{name}.toml").schedule
+        ]
+        for name in ("base", "keeps", "replaces", "drops")
+    }
+    identity = {"steps": 2, "weight": {"quantizer": "identity"}}
+    assert stages["base"] == stages["keeps"] == [("base.toml, [schedule], stage 1", identity)]
+    assert stages["replaces"] == [
+        ("replaces.toml, [schedule], stage 1", {"steps": 3, "layers": ["a"]}),
+        ("replaces.toml, [schedule], stage 2", {"steps": 4, "temperature": [0, 1]}),
+    ]
+    assert stages["drops"] == []
+
+
 def test_errors_of_files(tmp_path):
     (tmp_path / "syntax.toml").write_text('[[rule]]\nweight = "sign\n')
     with pytest.raises(RuleError, match=r"syntax.toml: not TOML: .*line 2"):
@@ -257,7 +314,9 @@ def test_errors_of_files(tmp_path):
 
 
 def test_bundled_rules_are_the_ones_promised_and_all_read():
-    names = "default weights-only low-bit bitorch r3d_18 mc3_18 r2plus1d_18 s3d slow_r50 slowfast x3d transnetv2 unet3d"
+    names = (
+        "default two-step weights-only low-bit bitorch r3d_18 mc3_18 r2plus1d_18 s3d slow_r50 slowfast x3d transnetv2 unet3d"
+    )
     assert set(bundled_rules()) == set(names.split())
     for name, path in bundled_rules().items():
         check_quantizers(load_rules(name))
@@ -266,7 +325,7 @@ def test_bundled_rules_are_the_ones_promised_and_all_read():
 
 def test_schema_allows_what_the_loader_allows():
     schema = RuleFile.model_json_schema()
-    assert set(schema["properties"]) == {"extends", "model", "rule"}
+    assert set(schema["properties"]) == {"extends", "model", "rule", "schedule"}
     layers = schema["$defs"]["Rule"]["properties"]["layers"]["anyOf"]
     assert {"type": "string"} in layers
     assert json.loads(json.dumps(schema)) == schema
@@ -289,4 +348,4 @@ def test_any_table_loads_or_raises_a_rule_error(table):
 
 def test_bundled_files_are_plain_toml():
     for path in bundled_rules().values():
-        assert tomllib.loads(path.read_text(encoding="utf-8"))["rule"]
+        assert {"rule", "schedule"} & tomllib.loads(path.read_text(encoding="utf-8")).keys()

@@ -75,7 +75,9 @@ class Schedule:
             if stage.temperature and not any(layer.has_progressive_sign(number) for layer in self._layers.values()):
                 raise RuleError(f"{label}: temperature: no layer that it concerns has the quantizer 'progressive_sign' then")
         decisions = plan.converted if (plan := plan_of(model)) else ()
-        self._rules = dict.fromkeys(layers, "") | {each.site.name: _settings(each) for each in decisions}
+        self._rules: dict[str, dict[str, Any]] = {name: {} for name in layers} | {
+            each.site.name: _settings(each) for each in decisions
+        }
         self._by_sensitivity = _by_sensitivity(model, labelled, batch)
         self._step = 0
         self._set_turns()
@@ -118,6 +120,8 @@ class Schedule:
             raise ModelError(f"this is no state of a Schedule: its keys are {[*state_dict]}, those of one {[*own]}")
         _check_same("stage", *(dict(enumerate(each["stages"], start=1)) for each in (state_dict, own)))
         _check_same("layer", state_dict["rules"], own["rules"])
+        if not 0 <= state_dict["step"] <= self.steps:
+            raise ModelError(f"there is no step {state_dict['step']} in a schedule of {self.steps}")
         self._step, self._by_sensitivity = state_dict["step"], state_dict["by_sensitivity"]
         self._set_turns()
         self._move(is_training=False)
@@ -142,7 +146,7 @@ class Schedule:
             if stage.transition == "layerwise":
                 order = [name for name in orders[stage.order or "output"] if name in concerned]
                 for place, name in enumerate(order):
-                    self._layers[name].turns[number] = -(-place * stage.steps // len(order))  # rounded up
+                    self._layers[name].turns[number] = place * stage.steps // len(order)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -197,11 +201,10 @@ def _by_sensitivity(model: nn.Module, stages: Stages, batch: Any) -> list[str] |
     return sorted(snr, key=lambda name: lowest if (ratio := snr[name]) is None else ratio, reverse=True)
 
 
-def _settings(decision: Decision) -> str:
-    """Return what the rules set for a layer, as text."""
-    weight, inputs = (spec.model_dump(exclude_none=True) for spec in (decision.weight, decision.input))
-    window, border = decision.gradient_cancellation_threshold, decision.pad_value
-    return f"weight {weight}, input {inputs}, gradient_cancellation_threshold {window}, pad_value {border}"
+def _settings(decision: Decision) -> dict[str, Any]:
+    """Return what the rules set for a layer, as plain data."""
+    quantizers = {"weight": decision.weight.model_dump(), "input": decision.input.model_dump()}
+    return quantizers | {key: getattr(decision, key) for key in ("gradient_cancellation_threshold", "pad_value")}
 
 
 def _check_same(what: str, saved: Mapping[Any, Any], own: Mapping[Any, Any]) -> None:
@@ -212,7 +215,7 @@ def _check_same(what: str, saved: Mapping[Any, Any], own: Mapping[Any, Any]) -> 
     """
     for key in {**own, **saved}:
         if saved.get(key) != own.get(key):
-            there, here = (repr(each[key]) if key in each else "not there" for each in (saved, own))
+            there, here = (each.get(key, "not there") for each in (saved, own))
             raise ModelError(
                 f"the checkpoint is of other rules: {what} {key!r} is {there} in the checkpoint and {here} in this schedule"
             )
