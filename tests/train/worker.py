@@ -55,7 +55,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataP
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=0.01)
+    return torch.optim.Adam(qconvert.train.parameter_groups(model, lr=0.01, latent_lr=2.0))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
