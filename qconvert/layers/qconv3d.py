@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..derived import below_parametrizations
 from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
+from ..quantizations.staged import at_work
 from .computed import is_trained
 from .fused import fused
 from .qactivation import QActivation
@@ -234,7 +235,7 @@ class QConv3d_NoAct(nn.Conv3d):  # noqa: N801 (bitorch's name)
         # here, not in forward: a subclass may end in super().forward(x) or in self._conv_forward(x, weight, bias)
         quantized = self._weight_quantize(weight)
         # with float weights there is no exact integer sum to keep apart from the bias: leave it to the convolution
-        is_float = isinstance(self._weight_quantize.current, Identity) and self.scale is None
+        is_float = isinstance(at_work(self._weight_quantize), Identity) and self.scale is None
         inner_bias, outer_bias = (bias, None) if is_float else (None, bias)
         padding: str | Size = self.padding
         if self.padding_mode != "zeros":
@@ -359,7 +360,7 @@ class QConv3d(QConv3d_NoAct):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (Conv3d's name)
         if not self._runs_fused:
             return super()._conv_forward(self.activation(input), weight, bias)
-        inputs, weights = self.activation.activation_function.current, self._weight_quantize.current
+        inputs, weights = at_work(self.activation.activation_function), at_work(self._weight_quantize)
         spread = self.activation.spread
         output: Tensor = fused(
             input,
@@ -386,14 +387,14 @@ class QConv3d(QConv3d_NoAct):
     def _runs_fused(self) -> bool:
         """Whether a step of training is one operator: not where hooks, ONNX or other quantizers see what lies between."""
         inputs, weights = self.activation.activation_function, self._weight_quantize
-        quantizers = (inputs.current, weights.current)
+        quantizers = (at_work(inputs), at_work(weights))
         parts = (self.activation, inputs, weights, *quantizers)
         return (
             self.training
             and torch.is_grad_enabled()
             and not torch.onnx.is_in_onnx_export()
             and self.padding_mode == "zeros"
-            and not isinstance(weights.current, Identity)
+            and not isinstance(quantizers[1], Identity)
             and type(self.activation) is QActivation
             and all(type(each).quantize is Quantization.quantize and each.operator is not None for each in quantizers)
             and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)

@@ -48,11 +48,6 @@ class Quantization(nn.Module):
         return FORMULAS[self.operator].operator(x, *self.operator_settings)
 
     @property
-    def current(self) -> "Quantization":
-        """The quantizer that is at work: itself, but for one that stands for several."""
-        return self
-
-    @property
     def operator_settings(self) -> tuple[float, ...]:
         """The operator's arguments beside the tensor."""
         return ()

@@ -60,3 +60,8 @@ class Staged(Quantization):
 
     def _at(self, place: int) -> Quantization:
         return self.quantizers[place]  # type: ignore[return-value]
+
+
+def at_work(quantizer: Quantization) -> Quantization:
+    """Return the quantizer that is at work in the place of this one: itself, but for several."""
+    return quantizer.current if isinstance(quantizer, Staged) else quantizer

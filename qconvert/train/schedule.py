@@ -110,7 +110,9 @@ class Schedule:
         return {"step": self._step, "stages": stages, "rules": dict(self._rules), "by_sensitivity": self._by_sensitivity}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go to the step of a checkpoint. What is learned comes with the model's own state, which is loaded after this.
+        """Go to the step of a checkpoint.
+
+        What is learned comes with the model's own state. Load that after this: when the schedule is over, it has other keys.
 
         Raises:
             ModelError: if the checkpoint is of other stages or other rules, saying what differs.

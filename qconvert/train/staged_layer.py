@@ -58,7 +58,7 @@ class Side:
         self.staged = Staged([self.own, *(layer._placed(build(spec)) for spec in distinct[1:] if spec is not None)], ratio)
 
     def place(self, stage: int) -> int:
-        """Return which of the quantizers a layer has that is as this stage says; 0 is the rule's own."""
+        """Return the place, among the quantizers, of the one that the stage says; 0 is the rule's own."""
         return self._places.get(stage, 0)
 
     def quantizer(self, stage: int) -> Quantization:

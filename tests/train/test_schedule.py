@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import qconvert
 from qconvert import InputError, ModelError, QConv3d, RuleError
 from qconvert.quantizations import LSQ, ProgressiveSign, Quantization
-from qconvert.quantizations.staged import Staged
+from qconvert.quantizations.staged import Staged, at_work
 from qconvert.train import Schedule
 
 BINARY = {
@@ -49,7 +49,7 @@ def shown(quantizer: Quantization) -> str:
     if isinstance(quantizer, Staged) and quantizer.before != quantizer.now:
         before, now = (shown(quantizer.quantizers[place]) for place in (quantizer.before, quantizer.now))
         return f"{before} > {now} {quantizer.share:g}"
-    return f"{quantizer.current.name}{quantizer.bit_width}"
+    return f"{at_work(quantizer).name}{quantizer.bit_width}"
 
 
 def sides(model: nn.Module) -> list[str]:
@@ -297,13 +297,22 @@ def test_a_step_of_training_is_one_operator_where_the_quantizers_have_one():
     assert seen == [True, False, False, False, True, False, True]
 
 
-def test_a_hook_on_a_quantizer_is_called():
+@pytest.mark.parametrize("place", ["_weight_quantize", "_weight_quantize.quantizers.1", "activation.activation_function"])
+def test_a_hook_on_a_quantizer_is_called(place: str):
     layer, seen = QConv3d(4, 6, 3), []
-    Schedule(layer, [{"steps": 1, "weight": "ternary"}])
-    layer._weight_quantize.quantizers[1].register_forward_hook(lambda *_: seen.append("weight"))
-    layer.activation.activation_function.register_forward_hook(lambda *_: seen.append("input"))
+    Schedule(layer, [{"steps": 1, "weight": "ternary", "input": "approxsign"}])
+    layer.get_submodule(place).register_forward_hook(lambda *_: seen.append(place))
     layer(torch.randn(2, 4, 3, 5, 5))
-    assert sorted(seen) == ["input", "weight"]
+    assert seen == [place]
+
+
+def test_bits_of_the_quantizer_at_work():
+    layer = QConv3d(4, 6, 3)
+    schedule, bits = Schedule(layer, [{"steps": 1, "weight": "ternary"}, {"steps": 1, "transition": "linear"}]), []
+    for _ in range(3):
+        bits.append(layer._weight_quantize.bit_width)
+        schedule.step()
+    assert bits == [2, 32, 1]  # a mix has values without a code
 
 
 # what is learned
@@ -364,6 +373,14 @@ def test_a_step_size_starts_from_the_weights_of_its_stage_and_then_goes_on():
     schedule.step()
     assert layer._weight_quantize is own
     assert_close(own.step.item(), 10 * start, rtol=1e-5, atol=0)
+
+
+def test_a_layer_that_starts_anew_starts_all_its_quantizers():
+    layer = QConv3d(2, 3, 3)
+    Schedule(layer, [{"steps": 1, "weight": "lsq"}])
+    layer._weight_quantize.quantizers[1].step.data.fill_(9.0)
+    layer.reset_parameters()
+    assert_close(layer._weight_quantize.quantizers[1].step.item(), 2 * layer.weight.abs().mean().item() / 7**0.5)
 
 
 def test_of_a_frozen_layer_nothing_is_trained():
@@ -499,6 +516,7 @@ def test_resumed_training_is_the_same_training(optimizer: str, rule: dict):
         with torch.no_grad():  # a fresh process may have other weights before it loads, so measure another order
             resumed.model[0].weight.normal_()
         resumed.schedule._by_sensitivity = resumed.schedule._by_sensitivity[::-1]
+        resumed.schedule._set_turns()
         resumed.load(checkpoint)
         assert resumed.schedule.stage == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, None, None, None][start]
         resumed.train(start)
@@ -513,6 +531,18 @@ def test_a_schedule_goes_back():
         run.load(checkpoints[start])
         run.train(start)
         assert_same(run.model.state_dict(), end)
+
+
+@pytest.mark.parametrize("start", [3, 8])
+def test_before_the_end_the_model_may_be_loaded_first(start: int):
+    run = Run("adam", BINARY)
+    checkpoints = run.train()
+    resumed = Run("adam", BINARY)
+    states = torch.load(io.BytesIO(checkpoints[start]))
+    for part, state in reversed([*zip((resumed.schedule, resumed.model, resumed.optimizer), states, strict=True)]):
+        part.load_state_dict(state)
+    resumed.train(start)
+    assert_same(resumed.model.state_dict(), run.model.state_dict())
 
 
 def test_a_schedule_does_not_depend_on_when_the_optimizer_is_built():
