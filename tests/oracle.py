@@ -31,13 +31,16 @@ def lsq(x, step, lowest, highest):
     return step * np.round(np.clip(x / step, lowest, highest))
 
 
-def lsq_gradients(grad_output, x, step, lowest, highest):
-    """(gradient of x, gradient of the step), Esser et al. 2020, eq. 3 and 5 and the gradient scale of section 2.2."""
+def lsq_gradients(grad_output, x, step, lowest, highest, values):
+    """(gradient of x, gradient of the step), Esser et al. 2020, eq. 3 and 5 and the gradient scale of section 2.2.
+
+    ``values``: its N_W, the number of weights, or N_F, the number of features.
+    """
     scaled = x / step
     inside = (lowest < scaled) & (scaled < highest)
     outside_value = np.where(scaled <= lowest, lowest, highest)
     of_step = np.where(inside, np.round(scaled) - scaled, outside_value)
-    return np.where(inside, grad_output, 0), (grad_output * of_step).sum() / np.sqrt(x.size * highest)
+    return np.where(inside, grad_output, 0), (grad_output * of_step).sum() / np.sqrt(values * highest)
 
 
 def triple(value):

@@ -4,7 +4,7 @@ A page is a script. Its blocks run from top to bottom in one temporary folder, a
 
 - a block with a title is written to the file of that name;
 - ```python runs, and a ```text block right behind it is what it prints;
-- ```console runs every ``$ qconvert`` line, and the lines behind it are what it prints;
+- ```console runs every ``$ qconvert`` and ``$ torchrun`` line, and the lines behind it are what it prints;
 - ```toml that holds rules is loaded.
 
 ``...`` stands for anything, on a line of its own for any number of lines. A block behind ``<!-- not run: why -->`` is only
@@ -13,6 +13,7 @@ parsed.
 
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from torch.distributed import run as torchrun
 
 import qconvert
 from qconvert.cli import app, main
@@ -119,6 +121,14 @@ class Script:
                 if target:
                     Path(target).write_text(out, encoding="utf-8")
                 assert_shown(shown, err if target else out + err, f"{where}: {command}")
+        elif words[0] == "torchrun":
+            torchrun.get_args_parser().parse_args(words[1:])
+            if runs:
+                done = subprocess.run(
+                    [sys.executable, "-m", torchrun.__name__, *words[1:]], check=False, capture_output=True, text=True
+                )
+                assert done.returncode == 0, f"{where}: {command}: {done.stderr}"
+                assert_shown(shown, done.stdout, f"{where}: {command}")
         else:
             assert words[0] in {"pip", "python3", "mkdocs"}, f"{where}: nothing checks {command}"
 

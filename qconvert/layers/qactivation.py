@@ -71,7 +71,8 @@ class QActivation(nn.Module):
         if self.threshold is not None:
             x = x - self.threshold.view(-1, 1, 1, 1)
         if self.spread is not None:
-            x = x / self.spread.view(-1, 1, 1, 1)
+            # FSDP's bfloat16 copies are of Parameters: a buffer stays float32, and must not make the input so
+            x = (x / self.spread.view(-1, 1, 1, 1)).to(x.dtype)
         if self.window > 0:
             x = gradient_window(x, self.window)
         quantized: Tensor = self.activation_function(x)

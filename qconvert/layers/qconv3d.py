@@ -411,11 +411,12 @@ class QConv3d(QConv3d_NoAct):
         if not self._runs_fused:
             return super()._quantized_conv(self.activation(input), weight, bias)
         inputs, weights = at_work(self.activation.activation_function), at_work(self._weight_quantize)
+        spread = self.activation.spread
         output: Tensor = fused(
             input,
             latent(weight, standardize=self.standardize),
             self.activation.threshold,
-            self.activation.spread,
+            None if spread is None else spread.to(weight.dtype),  # FSDP casts Parameters and no buffers
             self.scale,
             self.offset,
             bias,

@@ -10,8 +10,11 @@ from ..errors import QuantizerError
 from .base import Quantization, check_bits
 from .operators import spell_out
 
+_SAMPLE_DIMS = 4
+"""Of an input (N, C, D, H, W) or (C, D, H, W)."""
 
-def _lsq(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+
+def _lsq(x: Tensor, step: Tensor, lowest: int, highest: int, is_weight: bool) -> Tensor:
     """Round ``x / step`` to the integers ``lowest .. highest`` and scale back. ``step`` is a 0-d tensor."""
     return torch.round(torch.clamp(x / step, lowest, highest)) * step
 
@@ -21,12 +24,12 @@ spell_out("lsq", _lsq)
 
 
 @lsq.register_fake
-def _(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+def _(x: Tensor, step: Tensor, lowest: int, highest: int, is_weight: bool) -> Tensor:
     return torch.empty_like(x)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, step, ctx.lowest, ctx.highest = inputs
+    x, step, ctx.lowest, ctx.highest, ctx.is_weight = inputs
     ctx.save_for_backward(x, step)
 
 
@@ -36,9 +39,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     inside = (scaled > ctx.lowest) & (scaled < ctx.highest)
     clamped = torch.clamp(scaled, ctx.lowest, ctx.highest)
     step_gradient = torch.where(inside, torch.round(clamped) - scaled, clamped)
-    # Esser et al., section 2.2: keeps the step's update in proportion to the weights' updates
-    gradient_scale = 1.0 / math.sqrt(max(x.numel(), 1) * ctx.highest)
-    return grad_output * inside, (grad_output * step_gradient).sum() * gradient_scale, None, None
+    # Esser et al., section 2.2: keeps the step's update in proportion to the weights' updates. Of inputs it counts the
+    # features of one sample: the size of a batch, or of a process's part of it, must not change the gradient
+    values = x.numel() if ctx.is_weight else math.prod(x.shape[-_SAMPLE_DIMS:])
+    gradient_scale = 1.0 / math.sqrt(max(values, 1) * ctx.highest)
+    return grad_output * inside, (grad_output * step_gradient).sum() * gradient_scale, None, None, None
 
 
 lsq.register_autograd(_backward, setup_context=_keep)
@@ -50,12 +55,13 @@ class LSQ(Quantization):
     Forward, s = step, n .. p the integer range: ``y = s * round(clamp(x / s, n, p))``, with n = -2**(bits-1),
     p = 2**(bits-1) - 1 if signed, else n = 0, p = 2**bits - 1.
     Gradient: ``dy/dx = 1`` where ``n < x/s < p``, else 0; ``dy/ds = round(x/s) - x/s`` there, else n or p,
-    times ``1 / sqrt(numel(x) * p)``.
+    times ``1 / sqrt(M * p)``, M the number of weights, or of one sample's inputs, C * D * H * W.
 
     Esser et al. 2020, Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
 
     The step starts at ``2 mean|x| / sqrt(p)`` of the weights; for inputs, which are not known when the layer is built, at
-    that formula's value for a standard normal, which is what a BatchNorm hands on.
+    that formula's value for a standard normal, which is what a BatchNorm hands on. It is a Parameter of shape (1,), which
+    FSDP can shard.
 
     Args:
         bits: k, 2 to 16 (1 to 16 if unsigned).
@@ -78,11 +84,13 @@ class LSQ(Quantization):
         self.lowest = -(2 ** (bits - 1)) if signed else 0
         self.highest = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         mean_magnitude_of_standard_normal = math.sqrt(2 / math.pi)
-        self.step = nn.Parameter(torch.tensor(2 * mean_magnitude_of_standard_normal / math.sqrt(self.highest)))
+        self.step = nn.Parameter(torch.tensor([2 * mean_magnitude_of_standard_normal / math.sqrt(self.highest)]))
+        self._is_of_weights = False
 
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
         """Set the step to ``2 mean|weight| / sqrt(p)``; weights that are all 0 leave it as it is."""
+        self._is_of_weights = True
         wide = torch.promote_types(weight.dtype, torch.float32)
         mean_magnitude = torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel()  # without a copy of the weight
         step = 2 * mean_magnitude / math.sqrt(self.highest)
@@ -90,5 +98,6 @@ class LSQ(Quantization):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return ``x`` on the multiples of the step."""
-        quantized: Tensor = lsq(x, self.step.to(x.dtype), self.lowest, self.highest)
+        step = self.step.to(x.dtype).view(())
+        quantized: Tensor = lsq(x, step, self.lowest, self.highest, self._is_of_weights)
         return quantized

@@ -104,6 +104,9 @@ class StagedLayer:
         is_mixed = any(stages[stage].transition == "linear" for stage in concerning)
         ratio = torch.ones_like(layer.scale).view(-1, 1, 1, 1, 1) if is_mixed and layer.scale is not None else None
         self._weight = Side(layer, layer, "_weight_quantize", weights, ratio)
+        with weights_at_rest(layer):
+            for quantizer in self._weight.staged.quantizers[1:]:
+                quantizer.start_from(layer.weight)  # type: ignore[operator]  # and knows so that it is one of weights
         self._input = Side(layer, layer.activation, "activation_function", inputs)
         self._window = layer.activation.gradient_cancellation_threshold
 

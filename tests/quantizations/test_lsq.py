@@ -30,7 +30,7 @@ every_range = pytest.mark.parametrize(("bits", "signed", "lowest", "highest"), R
 
 def lsq_with_step(bits, signed, step):
     quantizer = LSQ(bits, signed)
-    quantizer.step = nn.Parameter(torch.tensor(step, dtype=torch.float64))
+    quantizer.step = nn.Parameter(torch.tensor([step], dtype=torch.float64))
     return quantizer
 
 
@@ -42,12 +42,18 @@ def test_forward_is_the_formula(bits, signed, lowest, highest, x, step):
 
 
 @every_range
+@pytest.mark.parametrize("of", ["weights", "inputs"])
 @given(x=ARRAYS, step=STEPS)
-def test_both_gradients_are_the_formulas(bits, signed, lowest, highest, x, step):
+def test_both_gradients_are_the_formulas(bits, signed, lowest, highest, of, x, step):
     quantizer, tensor = lsq_with_step(bits, signed, step), torch.from_numpy(x).requires_grad_()
+    if of == "weights":
+        quantizer.start_from(tensor)
+        quantizer.step.data.fill_(step)
+    # an array of 5 dimensions is a batch of samples
+    values = x[0].size if of == "inputs" and x.ndim == 5 else x.size
     grad_output = np.arange(x.size, dtype=float).reshape(x.shape) % 5 - 2
     quantizer(tensor).backward(torch.from_numpy(grad_output))
-    of_x, of_step = oracle.lsq_gradients(grad_output, x, step, lowest, highest)
+    of_x, of_step = oracle.lsq_gradients(grad_output, x, step, lowest, highest, values)
     np.testing.assert_array_equal(tensor.grad.numpy(), of_x)
     np.testing.assert_allclose(quantizer.step.grad.numpy(), of_step, rtol=1e-12, atol=1e-12)
 
@@ -81,6 +87,15 @@ def test_step_for_inputs_starts_at_a_standard_normal(bits, signed, lowest, highe
     normal = torch.randn(1_000_000)
     expected = 2 * normal.abs().mean().item() / math.sqrt(highest)
     assert LSQ(bits, signed).step.item() == pytest.approx(expected, rel=0.01)
+
+
+def test_a_batch_in_two_parts_gives_the_gradients_of_the_whole():
+    quantizer, x = lsq_with_step(bits=2, signed=True, step=0.5), torch.randint(-8, 9, (4, 1, 1, 2, 2)) / 4
+    (whole,) = torch.autograd.grad(quantizer(x.double()).sum(), quantizer.step)
+    for part in x.double().split([1, 3]):
+        quantizer(part).sum().backward()
+    assert torch.equal(quantizer.step.grad, whole)  # sums of dyadic numbers, times 1 / sqrt(4 features * 1)
+    assert whole.item() != 0
 
 
 def test_step_for_weights_starts_at_their_mean_magnitude():

@@ -19,7 +19,7 @@ OPERATORS = {
     "weight_dorefa": (3,),
     "input_dorefa": (3,),
     "ternary": (),
-    "lsq": (torch.tensor(0.25), -8, 7),
+    "lsq": (torch.tensor(0.25), -8, 7, False),
     "gradient_window": (1.0,),
 }
 # these look at the whole tensor, so a batch of tensors is not one tensor to them
