@@ -2,6 +2,7 @@
 
 import ast
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from .report import profile as profile_model
 from .rules import bundled_rules
 from .starter import starting_rules
 from .tables import RuleFile
+from .tasks.run import evaluate_task, train_task
 
 app = typer.Typer(
     help="Convert pretrained video and volumetric PyTorch models to binary and low-bit ones.",
@@ -92,6 +94,36 @@ def profile(
 def demo(frames: Annotated[int, typer.Option(min=100, help="How much of the video.")] = 500) -> None:
     """Convert the pretrained TransNetV2 and run it on a part of its video."""
     run_demo(frames, typer.echo)
+
+
+TaskName = Annotated[str, typer.Argument(help="shots: cuts of a video, with the pretrained TransNetV2.")]
+TaskRules = Annotated[str | None, typer.Option("--rules", "-r", help="Rule file or bundled rules; default: the task's own.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint and the weights.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: the task's own.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of clips, dropout, and a float model that is trained here.")]
+
+
+@app.command()
+def train(
+    task: TaskName,
+    output: Folder,
+    rules: TaskRules = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the loss as .png, .svg or .pdf.")] = None,
+) -> None:
+    """Convert the float model of a bundled task, train it, and measure both. Ctrl-C leaves a checkpoint to go on from."""
+    _check_suffix(plot, (".png", ".svg", ".pdf"))
+    reached_end = train_task(task, rules, output, steps=steps, seed=seed, resume=resume, plot=plot, say=typer.echo)
+    if not reached_end:
+        sys.exit(128 + signal.SIGINT)
+
+
+@app.command("eval")
+def evaluate(task: TaskName, output: Folder, rules: TaskRules = None, steps: Steps = None, seed: Seed = 0) -> None:
+    """Measure the model of a checkpoint that `qconvert train` has written, beside the float model."""
+    typer.echo(evaluate_task(task, rules, output, steps=steps, seed=seed))
 
 
 @rules_app.command("list")

@@ -61,6 +61,13 @@ class Decision:
     latent_clip: float | None = None
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What the rules set for the layer, as plain data."""
+        keys = ("gradient_cancellation_threshold", "pad_value", "shortcut", "rprelu", "latent_clip")
+        quantizers = {"weight": self.weight.model_dump(), "input": self.input.model_dump()}
+        return quantizers | {key: getattr(self, key) for key in keys}
+
+    @property
     def depends_on_data(self) -> bool:
         """Whether what the layer starts from, or is worth, depends on the values that it reads."""
         return self.input.quantizer != "identity" or self.weight.scale is not None or isinstance(self.input.threshold, str)

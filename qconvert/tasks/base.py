@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..pipeline import RulesLike
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,14 +39,14 @@ class Task(Protocol):
 
     Attributes:
         name: its name on the command line.
-        rules: bundled rules that fit its model.
+        rules: rules that fit its model.
         recipe: how its converted model is trained.
         comparison: how outputs are compared in a distillation, as in `qconvert.train.distill`.
         layers: layers whose outputs are compared there.
     """
 
     name: str
-    rules: str
+    rules: RulesLike
     recipe: Recipe
     comparison: str
     layers: tuple[str, ...]

@@ -9,6 +9,8 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor, nn
 
 from ..demo import transnet, video_frames
+from ..modes import preserved_modes
+from ..pipeline import RulesLike
 from .base import Recipe
 
 TRAINED_ON = 3700
@@ -25,17 +27,17 @@ class Shots:
     """Find the cuts of a video: the float model says where they are.
 
     Clips: 100 frames each of the video's first 3,700, uint8 (N, 100, 27, 48, 3), mirrored, reversed, brightened and cut
-    together at random. Measured on the frames from 3,700 on: F1 of the cuts (probability above 0.5, within 2 frames of one of
-    the float model's), and the correlation of the probabilities with the float model's.
+    together at random. Measured on the frames from 3,700 on: F1 of the cuts (probability above 0.5, within 2 frames of one
+    of the float model's), and the correlation of the probabilities with the float model's.
     """
 
     name = "shots"
-    rules = "transnetv2"
+    rules: RulesLike = "transnetv2"
     recipe = Recipe(steps=600, batch_size=1, lr=1e-3, logits=1.0, features=1.0)
     comparison = "bce"
     layers = ("SDDCNN.0", "SDDCNN.1", "SDDCNN.2")
 
-    def float_model(self, seed: int) -> nn.Module:
+    def float_model(self, seed: int) -> nn.Module:  # noqa: ARG002 (there is but one)
         """Return the pretrained TransNetV2; it depends on no seed."""
         return transnet()
 
@@ -48,7 +50,7 @@ class Shots:
         """Return clips; the float model gives the labels."""
         return torch.stack([_clip(self.frames[:TRAINED_ON], generator) for _ in range(size)]), None
 
-    def loss(self, outputs: Any, clips: Tensor, labels: None) -> Tensor:
+    def loss(self, outputs: Any, clips: Tensor, labels: None) -> Tensor:  # noqa: ARG002 (the float model gives them)
         """Return the cross-entropy with the float model's decisions."""
         with torch.no_grad():
             one, many = self._teacher(clips)
@@ -76,12 +78,9 @@ class Shots:
 
 
 def _probabilities(model: Any, frames: Tensor) -> Tensor:
-    was_training = model.training
-    try:
-        probabilities, _ = model.eval().predict_frames(frames, quiet=True)
-    finally:
-        model.train(was_training)
-    return torch.as_tensor(probabilities)
+    with preserved_modes(model):
+        probabilities: Tensor = model.eval().predict_frames(frames, quiet=True)[0]
+    return probabilities
 
 
 def _clip(frames: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,7 +103,8 @@ def _part(frames: Tensor, generator: torch.Generator) -> Tensor:
     if _chance(0.3, generator):
         part = part[..., torch.randperm(3, generator=generator)]
     contrast, brightness = torch.rand(2, generator=generator).tolist()
-    return (part - 128) * (0.7 + 0.6 * contrast) + 128 + 40 * (brightness - 0.5)
+    changed: Tensor = (part - 128) * (0.7 + 0.6 * contrast) + 128 + 40 * (brightness - 0.5)
+    return changed
 
 
 def _number(below: int, generator: torch.Generator) -> int:

@@ -13,9 +13,10 @@ from ..observer import converted_layers
 from ..pipeline import check_rules
 from ..quantizations.staged import Staged
 from ..rewrite import plan_of
-from ..rules import Decision, nearest
+from ..rules import nearest
 from ..tables import Stage
 from ..trace import unwrapped
+from .compatible import check_same
 from .staged_layer import Moment, StagedLayer
 
 Stages = Sequence[tuple[str, Stage]]
@@ -76,7 +77,7 @@ class Schedule:
                 raise RuleError(f"{label}: temperature: no layer that it concerns has the quantizer 'progressive_sign' then")
         decisions = plan.converted if (plan := plan_of(model)) else ()
         self._rules: dict[str, dict[str, Any]] = {name: {} for name in layers} | {
-            each.site.name: _settings(each) for each in decisions
+            each.site.name: each.settings for each in decisions
         }
         self._by_sensitivity = _by_sensitivity(model, labelled, batch)
         self._step = 0
@@ -120,8 +121,8 @@ class Schedule:
         own = self.state_dict()
         if state_dict.keys() != own.keys():
             raise ModelError(f"this is no state of a Schedule: its keys are {[*state_dict]}, those of one {[*own]}")
-        _check_same("stage", *(dict(enumerate(each["stages"], start=1)) for each in (state_dict, own)))
-        _check_same("layer", state_dict["rules"], own["rules"])
+        check_same("stage", *(dict(enumerate(each["stages"], start=1)) for each in (state_dict, own)))
+        check_same("layer", state_dict["rules"], own["rules"])
         if not 0 <= state_dict["step"] <= self.steps:
             raise ModelError(f"there is no step {state_dict['step']} in a schedule of {self.steps}")
         self._step, self._by_sensitivity = state_dict["step"], state_dict["by_sensitivity"]
@@ -201,23 +202,3 @@ def _by_sensitivity(model: nn.Module, stages: Stages, batch: Any) -> list[str] |
     snr = {layer.name: layer.snr_db for layer in diagnose(model, batch).layers}
     lowest = float("-inf")
     return sorted(snr, key=lambda name: lowest if (ratio := snr[name]) is None else ratio, reverse=True)
-
-
-def _settings(decision: Decision) -> dict[str, Any]:
-    """Return what the rules set for a layer, as plain data."""
-    quantizers = {"weight": decision.weight.model_dump(), "input": decision.input.model_dump()}
-    return quantizers | {key: getattr(decision, key) for key in ("gradient_cancellation_threshold", "pad_value")}
-
-
-def _check_same(what: str, saved: Mapping[Any, Any], own: Mapping[Any, Any]) -> None:
-    """Find the first thing in which a checkpoint differs.
-
-    Raises:
-        ModelError: saying it.
-    """
-    for key in {**own, **saved}:
-        if saved.get(key) != own.get(key):
-            there, here = (each.get(key, "not there") for each in (saved, own))
-            raise ModelError(
-                f"the checkpoint is of other rules: {what} {key!r} is {there} in the checkpoint and {here} in this schedule"
-            )

@@ -1,0 +1,46 @@
+"""The loss of a training as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, ModelError
+
+_SMOOTHED_OVER = 50
+
+
+def draw(losses: Sequence[float], metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Draw the loss of each step and its moving average, with what the models reach above it.
+
+    Args:
+        losses: of the steps.
+        metrics: by name of the model, then by name of the metric.
+        path: of the picture; its suffix says of which kind.
+
+    Raises:
+        ModelError: if matplotlib is not installed.
+        InputError: if the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise ModelError(f"a picture needs `pip install matplotlib`: {error}") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(losses, color="0.8", label="loss of a step")
+    width = min(_SMOOTHED_OVER, len(losses))
+    if width:
+        mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(np.arange(width - 1, len(losses)), mean, label=f"mean of {width} steps")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    lines = (
+        f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in reached.items())}" for name, reached in metrics.items()
+    )
+    axes.set_title("\n".join(lines), fontsize="small")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,273 @@
+"""Trainings of tasks: what comes after an interruption is what would have come without it, and mistakes are named."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from qconvert import InputError, ModelError, RuleError
+from qconvert.cli import app
+from qconvert.tasks import Recipe, Training, converted, run
+from qconvert.tasks.curves import draw
+from qconvert.tasks.shots import WINDOW, Shots, cuts, f1
+
+RULES = {
+    "rule": [
+        {
+            "layers": "3",
+            "weight": {"quantizer": "sign", "scale": "channel"},
+            "input": {"quantizer": "approxsign", "threshold": "auto"},
+        }
+    ]
+}
+STAGES = {"schedule": {"stage": [{"steps": 3, "weight": "identity"}, {"steps": 2, "transition": "linear"}]}}
+
+
+NAMES = (("float",), ("trained", "step"))
+"""What the rows of the table start with."""
+
+
+class Brightness:
+    """Which half of a clip is the brighter one."""
+
+    name = "brightness"
+    rules = RULES
+    recipe = Recipe(steps=8, batch_size=4, lr=0.01, labels=1.0, logits=0.5, features=0.5)
+    comparison = "kl"
+    layers = ("4",)
+
+    def float_model(self, seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            *(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU()),
+            *(nn.Conv3d(4, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU()),
+            *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 2)),
+        )
+
+    def batch(self, size, generator):
+        labels = torch.randint(2, (size,), generator=generator)
+        clips = torch.randn(size, 1, 2, 6, 6, generator=generator)
+        clips[labels == 1, :, :, 3:] += 1
+        return clips, labels
+
+    def loss(self, outputs, clips, labels):
+        return nn.functional.cross_entropy(outputs, labels)
+
+    def evaluate(self, model):
+        clips, labels = self.batch(20, torch.Generator().manual_seed(9))
+        with torch.no_grad():
+            return {"accuracy": (model.eval()(clips).argmax(1) == labels).float().mean().item()}
+
+
+def training(rules=RULES, recipe=Brightness.recipe, seed=0) -> Training:
+    task = Brightness()
+    teacher = task.float_model(seed)
+    return Training(task, converted(task, teacher, rules, seed, recipe), teacher, recipe, seed)
+
+
+def steps_until(made: Training, count: int, path: Path | None = None) -> bool:
+    """Train until Ctrl-C, which comes in the middle of the step of that number."""
+    batch = made.task.batch
+    seen = []
+
+    def counted(*args):
+        seen.append(1)
+        if len(seen) == count:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(*args)
+
+    made.task.batch = counted
+    try:
+        return made.run(path)
+    finally:
+        del made.task.batch
+
+
+@pytest.mark.parametrize("rules", [RULES, RULES | STAGES], ids=["plain", "staged"])
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, rules, count):
+    whole = training(rules)
+    assert whole.run()
+    path = tmp_path / "checkpoint.pt"
+    first = training(rules)
+    assert not steps_until(first, count, path)
+    assert len(first.losses) == count
+    torch.rand(3)  # the draws of others are no part of it
+    second = training(rules)
+    second.load(path)
+    assert second.run(path)
+    assert second.losses == whole.losses
+    for (name, value), expected in zip(
+        second.student.state_dict().items(), whole.student.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, expected), name
+
+
+def test_the_seed_decides():
+    losses = []
+    for seed in (0, 0, 1):
+        made = training(seed=seed)
+        made.run()
+        losses.append(made.losses)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_draws_of_others_are_not_disturbed():
+    made = training()
+    torch.manual_seed(5)
+    made.run()
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_an_interruption_leaves_the_handler_as_it_was():
+    before = signal.getsignal(signal.SIGINT)
+    steps_until(training(), 2)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interruption_is_raised():
+    made = training()
+    with pytest.raises(KeyboardInterrupt):
+        made.run(advance=lambda _: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+
+
+def test_a_checkpoint_of_other_rules(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    training().save(path)
+    with pytest.raises(
+        ModelError, match=r"does not fit: layer '3' is .*approxsign.* in the checkpoint and .* in this training"
+    ):
+        training({"rule": [{"layers": "3", "weight": "sign", "input": "sign"}]}).load(path)
+    with pytest.raises(ModelError, match=r"does not fit: recipe 'steps' is 8 in the checkpoint and 9 in this training"):
+        training(recipe=replace(Brightness.recipe, steps=9)).load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "other tensors"])
+def test_a_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"weight": torch.zeros(1)}, path) if content is None else path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"checkpoint.pt is no checkpoint"):
+        training().load(path)
+    with pytest.raises(ModelError, match=r"^no checkpoint .*other.pt$"):
+        training().load(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    made = training()
+    made.save(path)
+    before = path.read_bytes()
+    (tmp_path / "checkpoint.pt.partial").mkdir()
+    with pytest.raises((ModelError, IsADirectoryError), match=r"cannot be written|directory"):
+        made.save(path)
+    assert path.read_bytes() == before
+
+
+def test_nan_is_named_with_its_layer():
+    made = training()
+    with torch.no_grad():
+        made.student[1].weight[0] = float("nan")
+    with pytest.raises(InputError, match=r"layer '3'.*NaN"):
+        made.run()
+
+
+def test_a_schedule_longer_than_the_training():
+    with pytest.raises(RuleError, match=r"the schedule takes 5 steps and the training 4"):
+        training(RULES | STAGES, replace(Brightness.recipe, steps=4))
+
+
+def test_nothing_to_learn_from():
+    with pytest.raises(InputError, match=r"labels, logits and features are all 0"):
+        training(recipe=Recipe(steps=1, batch_size=1, lr=0.1))
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """The command line with a task that takes no time."""
+    monkeypatch.setitem(run.TASKS, Brightness.name, Brightness)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        return CliRunner().invoke(app, arguments)
+
+    return call
+
+
+def test_train_then_eval(command):
+    trained = command("train", "brightness", "-o", "run", "--plot", "loss.png")
+    assert trained.exit_code == 0, trained.output
+    assert "accuracy" in trained.output
+    assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("run/model.safetensors").is_file()
+    measured = command("eval", "brightness", "-o", "run")
+    assert measured.exit_code == 0
+    rows = [[line.split() for line in each.output.splitlines() if line.strip()] for each in (trained, measured)]
+    of_float, of_student = ([values[-1] for row in rows for values in row if values[0] in names] for names in NAMES)
+    assert len(of_float) == len(of_student) == 2
+    assert of_float[0] == of_float[1]
+    assert of_student[0] == of_student[1]
+
+
+def test_train_does_not_write_over_a_checkpoint(command):
+    command("train", "brightness", "-o", "run", "--steps", "1")
+    again = command("train", "brightness", "-o", "run", "--steps", "1")
+    assert isinstance(again.exception, InputError)
+    assert "go on from it with --resume" in str(again.exception)
+    assert command("train", "brightness", "-o", "run", "--steps", "1", "--resume").exit_code == 0
+
+
+def test_a_task_that_does_not_exist(command):
+    assert (
+        str(command("train", "shot", "-o", "run").exception)
+        == "no task 'shot'. Tasks: shots, brightness. Did you mean 'shots'?"
+    )
+
+
+def test_a_picture_in_a_format_that_there_is_not(tmp_path):
+    with pytest.raises(InputError, match=r"loss.xyz cannot be written"):
+        draw([1.0, 2.0], {}, tmp_path / "loss.xyz")
+
+
+# --- shots ---
+
+
+def test_cuts_are_the_middles_of_runs():
+    probabilities = torch.tensor([0.9, 0.1, 0.6, 0.7, 0.8, 0.5, 0.1, 0.51])
+    assert cuts(probabilities) == [0.0, 3.0, 7.0]
+    assert cuts(torch.zeros(4)) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "value"),
+    [
+        ([10.0, 20.0], [10.0, 22.0], 1.0),
+        ([10.0], [13.0], 0.0),
+        ([10.0, 11.0], [10.0], 2 / 3),  # one cut counts once
+        ([], [5.0], 0.0),
+        ([8.0, 10.0], [10.0, 12.0], 1.0),
+    ],
+)
+def test_f1(found, expected, value):
+    assert f1(found, expected) == pytest.approx(value)
+
+
+def test_clips_are_of_the_first_part_of_the_video_only():
+    shots = Shots()
+    shots.frames = torch.zeros(5000, 27, 48, 3, dtype=torch.uint8)
+    shots.frames[3700:] = 255
+    generator = torch.Generator().manual_seed(0)
+    clips, labels = shots.batch(20, generator)
+    assert clips.shape == (20, WINDOW, 27, 48, 3)
+    assert clips.dtype == torch.uint8
+    assert labels is None
+    assert clips.max() < 128  # black at the brightest and of the lowest contrast: 128 - 0.7 * 128 + 20 = 58.4
+    assert torch.equal(
+        shots.batch(2, torch.Generator().manual_seed(1))[0], shots.batch(2, torch.Generator().manual_seed(1))[0]
+    )
