@@ -35,7 +35,7 @@ class Shots:
     rules: RulesLike = "transnetv2"
     recipe = Recipe(steps=600, batch_size=1, lr=1e-3, logits=1.0, features=1.0)
     comparison = "bce"
-    layers = ("SDDCNN.0", "SDDCNN.1", "SDDCNN.2")
+    layers: tuple[str, ...] = ("SDDCNN.0", "SDDCNN.1", "SDDCNN.2")
 
     def float_model(self, seed: int) -> nn.Module:  # noqa: ARG002 (there is but one)
         """Return the pretrained TransNetV2; it depends on no seed."""
