@@ -1,4 +1,4 @@
-"""What a step of training costs, as ratios to the float model's: time, and memory for the backward pass. Run: make bench."""
+"""What a step of training costs, as ratios to the float model's: time, and memory for the backward pass. Run: make bench-step."""
 
 import copy
 import sys
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import bitorch.layers
 import torch
+from brevitas.nn import QuantConv3d
+from brevitas.quant.binary import SignedBinaryActPerTensorConst, SignedBinaryWeightPerTensorConst
 from ratios import Ratio, measure
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -48,7 +50,8 @@ def compared(title: str, model: nn.Module, x: Tensor) -> int:
     models = {
         "float": model,
         "qconvert, default rules": qconvert.binarize(model, "default", report=False),
-        "bitorch's layer by hand": with_bitorch(model),
+        "bitorch's layer by hand": by_hand(model, bitorch_layer),
+        "brevitas' layer by hand": by_hand(model, brevitas_layer),
     }
     times = measure({name: step(each, x) for name, each in models.items()}, ROUNDS)
     kept = {name: kept_bytes(each, x) for name, each in models.items()}
@@ -73,19 +76,29 @@ def row(time: Ratio, kept: dict[str, int]) -> tuple[str, ...]:
     )
 
 
-def with_bitorch(model: nn.Module) -> nn.Module:
-    """Return a copy with bitorch's QConv3d in the place of the layers that the default rules convert."""
+def by_hand(model: nn.Module, layer: Callable[..., nn.Module]) -> nn.Module:
+    """Return a copy with another library's layer in the place of those that the default rules convert."""
     swapped = copy.deepcopy(model)
     for decision in qconvert.plan(model, "default").converted:
         conv = swapped.get_submodule(decision.site.name)
-        layer = bitorch.layers.QConv3d(
-            *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups),
-            bias=conv.bias is not None,
-            input_quantization="approxsign",
-            weight_quantization="sign",
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        swapped.set_submodule(
+            decision.site.name, layer(conv.in_channels, conv.out_channels, *geometry, conv.bias is not None)
         )
-        swapped.set_submodule(decision.site.name, layer)
     return swapped
+
+
+def bitorch_layer(*arguments: object) -> nn.Module:
+    """Return bitorch's layer: W1A1 with the gradient of the default rules."""
+    return bitorch.layers.QConv3d(*arguments, input_quantization="approxsign", weight_quantization="sign")
+
+
+def brevitas_layer(*arguments: object) -> nn.Module:
+    """Return brevitas' layer: W1A1 with its scale for a tensor."""
+    *others, bias = arguments
+    return QuantConv3d(
+        *others, bias=bias, weight_quant=SignedBinaryWeightPerTensorConst, input_quant=SignedBinaryActPerTensorConst
+    )
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
