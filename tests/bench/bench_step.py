@@ -1,4 +1,4 @@
-"""What a step of training costs, as ratios to the float model's: time, and memory for the backward pass. Run: make bench-step."""
+"""What a step of training costs in units of the float model's: time, and memory kept for the backward pass. make bench-step."""
 
 import copy
 import sys
