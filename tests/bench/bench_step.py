@@ -1,9 +1,10 @@
-"""What a step of training costs in units of the float model's: time, and memory kept for the backward pass. make bench-step."""
+"""What a step of training costs in units of the float model's: time, and memory kept for its backward. make bench-step."""
 
 import copy
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import bitorch.layers
@@ -81,24 +82,23 @@ def by_hand(model: nn.Module, layer: Callable[..., nn.Module]) -> nn.Module:
     swapped = copy.deepcopy(model)
     for decision in qconvert.plan(model, "default").converted:
         conv = swapped.get_submodule(decision.site.name)
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        swapped.set_submodule(
-            decision.site.name, layer(conv.in_channels, conv.out_channels, *geometry, conv.bias is not None)
+        sizes = (
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
         )
+        swapped.set_submodule(decision.site.name, layer(*sizes, bias=conv.bias is not None))
     return swapped
 
 
-def bitorch_layer(*arguments: object) -> nn.Module:
-    """Return bitorch's layer: W1A1 with the gradient of the default rules."""
-    return bitorch.layers.QConv3d(*arguments, input_quantization="approxsign", weight_quantization="sign")
-
-
-def brevitas_layer(*arguments: object) -> nn.Module:
-    """Return brevitas' layer: W1A1 with its scale for a tensor."""
-    *others, bias = arguments
-    return QuantConv3d(
-        *others, bias=bias, weight_quant=SignedBinaryWeightPerTensorConst, input_quant=SignedBinaryActPerTensorConst
-    )
+bitorch_layer = partial(bitorch.layers.QConv3d, input_quantization="approxsign", weight_quantization="sign")
+brevitas_layer = partial(
+    QuantConv3d, weight_quant=SignedBinaryWeightPerTensorConst, input_quant=SignedBinaryActPerTensorConst
+)
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
