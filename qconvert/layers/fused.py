@@ -69,21 +69,24 @@ class _Step:
 
     @property
     def convolves_bits(self) -> bool:
-        """Whether the convolution reads the input's bits. In half precision their sums would not be exact."""
-        has_bits = self.source.bit is not None and self.target.bit is not None
+        """Whether the convolution reads the input's bits. In half precision their sums would not be exact.
+
+        Not where the weight is the larger tensor: what that takes of it costs more than a copy of the input with a border.
+        """
+        is_binary = self.source.comparison is not None and self.target.comparison is not None
         is_padded = self.geometry.is_even and (self.geometry.pad_value == -1.0 or not any(self.geometry.border))
-        return has_bits and is_padded and self.dtype in {torch.float32, torch.float64}
+        is_worth_it = self.x.numel() > self.weight.numel() and self.dtype in {torch.float32, torch.float64}
+        return is_binary and is_padded and is_worth_it
+
+    @property
+    def spread_in_weight(self) -> Tensor | None:
+        """The spread where the gradient of the codes is divided by it as it is made, by way of the weight."""
+        return self.spread if self.geometry.groups == 1 and self.dtype == self.weight.dtype else None
 
     def bits(self, out: Tensor | None = None) -> Tensor:
         """Return where the input's codes are +1. A spread, which is positive, makes no difference."""
         threshold = 0.0 if self.threshold is None else _column(self.threshold)
-        bits: Tensor = self.source.bit(self.x, threshold, out=out)  # type: ignore[misc]  # only asked for where there are any
-        return bits
-
-    def weight_bits(self, out: Tensor | None = None) -> Tensor:
-        """Return where the quantized weight is +1."""
-        bits: Tensor = self.target.bit(self.weight, 0.0, out=out)  # type: ignore[misc]  # as above
-        return bits
+        return self.source.comparison.bits(self.x, threshold, out)  # type: ignore[union-attr]  # there is one where there are
 
     def units(self, out: Tensor | None = None) -> Tensor:
         """Return the input in the units of its quantizer, as a tensor of its own."""
@@ -92,8 +95,8 @@ class _Step:
 
     def quantized_weight(self, out: Tensor | None = None) -> Tensor:
         """Return the quantized weight, in the memory of ``out`` where that can be."""
-        if self.convolves_bits:
-            return self.weight_bits(torch.empty_like(self.weight) if out is None else out).mul_(2).sub_(1)
+        if self.target.comparison is not None:
+            return self.target.comparison.codes(self.weight, 0.0, torch.empty_like(self.weight) if out is None else out)
         return self.target.forward(self.weight, *self.weight_settings)
 
     def padded_codes(self) -> tuple[Tensor, Sequence[int]]:
@@ -165,7 +168,7 @@ def _of_bits(step: _Step) -> Tensor:
     """Return the convolution of the codes, computed from their bits."""
     stride, dilation, groups = step.geometry.stride, step.geometry.dilation, step.geometry.groups
     if runs_in_bytes(step.x, step.weight, stride, step.geometry.left, dilation):
-        weight = step.weight_bits().view(torch.int8).mul_(2).sub_(1)
+        weight = step.target.comparison.bits(step.weight, 0.0).view(torch.int8).mul_(2).sub_(1)  # type: ignore[union-attr]
         return byte_conv3d(step.bits(), weight, stride, step.geometry.left, dilation, groups, _memory_format(step))
     weight = step.quantized_weight()
     half_sum = weight.flatten(1).sum(1).mul_(-0.5)
@@ -233,9 +236,12 @@ class _Through(NamedTuple):
 def _convolution_backward(step: _Step, grad_output: Tensor, *, of_codes: bool, of_weight: bool) -> _Through:
     geometry = step.geometry
     values, padding = (step.bits(torch.empty_like(step.x)), geometry.left) if step.convolves_bits else step.padded_codes()
-    # the scale as a factor of the weight: as one of grad_output it would take a tensor of that size
+    # scale and spread as factors of the weight: as those of the gradients they would take more passes over more memory
     weight = step.quantized_weight()
-    weight = weight if step.scale is None else weight.mul_(_column(step.scale)[..., None])
+    if step.scale is not None:
+        weight.mul_(_column(step.scale)[..., None])
+    if step.spread_in_weight is not None:
+        weight.div_(_column(step.spread_in_weight))
     tensors = (grad_output.to(step.dtype), values.to(step.dtype), weight.to(step.dtype), None)
     moved = (geometry.stride, padding, geometry.dilation, False, (0, 0, 0), geometry.groups)
     codes, quantized, _ = torch.ops.aten.convolution_backward(*tensors, *moved, (of_codes, of_weight, False))
@@ -257,7 +263,9 @@ def _of_input(step: _Step, gradient: Tensor, scratch: Tensor) -> Tensor:
     ):
         if slope is not None:
             gradient.mul_(slope(step.units(_reused(scratch, gradient)), *settings))
-    return gradient if step.spread is None else gradient.div_(_column(step.spread))
+    if step.spread is None or step.spread_in_weight is not None:
+        return gradient
+    return gradient.div_(_column(step.spread))
 
 
 def _of_weight(step: _Step, gradient: Tensor, output_sum: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -265,7 +273,7 @@ def _of_weight(step: _Step, gradient: Tensor, output_sum: Tensor, scratch: Tenso
     gradient = gradient.to(step.weight.dtype)
     if step.convolves_bits:
         # c = 2 b - 1, in the border too, so that every weight meets all of grad_output
-        gradient.mul_(2).sub_(_column(output_sum)[..., None])
+        torch.add(-_column(output_sum)[..., None], gradient, alpha=2, out=gradient)
     of_scale = None
     if step.scale is not None:
         of_scale = step.quantized_weight(_reused(scratch, gradient)).mul_(gradient).flatten(1).sum(1)

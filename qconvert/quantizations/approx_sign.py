@@ -1,17 +1,19 @@
 """`ApproxSign`: sign with the triangular gradient of Bi-Real Net."""
 
+import torch
 from torch import Tensor
 
 from .base import BinaryQuantization
 from .operators import quantizer_operator
-from .sign import binary, not_below
+from .sign import NOT_BELOW, binary
 
 
 def _triangle(x: Tensor) -> Tensor:
-    return x.abs_().mul_(-2.0).add_(2.0).clamp_(min=0.0)
+    x.abs_()
+    return torch.add(x.new_tensor(2.0), x, alpha=-2, out=x).clamp_(min=0.0)
 
 
-approx_sign = quantizer_operator("approx_sign", binary, _triangle, reach=1.0, bit=not_below)
+approx_sign = quantizer_operator("approx_sign", binary, _triangle, reach=1.0, comparison=NOT_BELOW)
 
 
 class ApproxSign(BinaryQuantization):

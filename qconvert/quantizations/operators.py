@@ -18,6 +18,31 @@ from torch._decomp import register_decomposition
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A quantizer to -1 and +1 as a comparison with its threshold.
+
+    Attributes:
+        compare: ``compare(x, threshold, out=None)``: one of torch's.
+        becomes: what the values become for which it holds, -1 or +1.
+    """
+
+    compare: Callable[..., Tensor]
+    becomes: int
+
+    def bits(self, x: Tensor, threshold: Tensor | float, out: Tensor | None = None) -> Tensor:
+        """Return where ``x - threshold`` becomes +1, as bool, or as 0 and 1 in ``out``."""
+        holds = self.compare(x, threshold, out=out)
+        if self.becomes == 1:
+            return holds
+        return holds.logical_not_() if out is None else holds.eq_(0)  # the one is quick with bool, the other with float
+
+    def codes(self, x: Tensor, threshold: Tensor | float, out: Tensor) -> Tensor:
+        """Return what ``x - threshold`` becomes, in ``out``."""
+        holds = self.compare(x, threshold, out=out)
+        return torch.add(x.new_tensor(-self.becomes), holds, alpha=2 * self.becomes, out=out)
+
+
+@dataclass(frozen=True)
 class Formula:
     """The arithmetic of an operator, for a layer that runs it as a part of its own.
 
@@ -27,8 +52,7 @@ class Formula:
         slope: ``slope(x, *settings)``, dy/dx; it may be written over ``x``. None is dy/dx = 1.
         elementwise: whether a value depends on no other value of the tensor.
         reach: the slope is 0 for every |x| above it.
-        bit: for a quantizer to -1 and +1, ``bit(x, threshold, out=None)``: whether ``x - threshold`` becomes +1, as bool, or
-            as 0 and 1 in ``out``.
+        comparison: for a quantizer to -1 and +1, which values become which.
     """
 
     operator: Callable[..., Tensor]
@@ -36,7 +60,7 @@ class Formula:
     slope: Callable[..., Tensor] | None
     elementwise: bool
     reach: float = math.inf
-    bit: Callable[..., Tensor] | None = None
+    comparison: Comparison | None = None
 
 
 FORMULAS: dict[str, Formula] = {}
@@ -50,7 +74,7 @@ def quantizer_operator(
     *,
     elementwise: bool = True,
     reach: float = math.inf,
-    bit: Callable[..., Tensor] | None = None,
+    comparison: Comparison | None = None,
 ) -> Callable[..., Tensor]:
     """Register ``forward(x, *settings)`` with its gradient under the name ``qconvert::name``.
 
@@ -61,7 +85,7 @@ def quantizer_operator(
             dy/dx = 1 (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), which keeps nothing for the backward pass.
         elementwise: whether a value depends on no other value of the tensor, so that a batch under vmap is one tensor.
         reach: the slope is 0 for every |x| above it.
-        bit: as `Formula.bit`.
+        comparison: for a quantizer to -1 and +1, which values become which.
     """
     operator = torch.library.custom_op(f"qconvert::{name}", forward, mutates_args=())
 
@@ -89,7 +113,7 @@ def quantizer_operator(
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=keep)
     operator.register_vmap(vmap)
-    FORMULAS[name] = Formula(operator, forward, slope, elementwise, reach, bit)
+    FORMULAS[name] = Formula(operator, forward, slope, elementwise, reach, comparison)
     return operator
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import BinaryQuantization
-from .operators import quantizer_operator
+from .operators import Comparison, quantizer_operator
 
 
 def binary(x: Tensor) -> Tensor:
@@ -13,13 +13,10 @@ def binary(x: Tensor) -> Tensor:
     return torch.sign(torch.sign(x) + 0.5)
 
 
-def not_below(x: Tensor, threshold: Tensor | float, out: Tensor | None = None) -> Tensor:
-    """Return where `binary` of ``x - threshold`` is +1."""
-    below = torch.lt(x, threshold, out=out)
-    return below.logical_not_() if out is None else below.eq_(0)  # the one is quick with bool, the other with float
+NOT_BELOW = Comparison(torch.lt, -1)
+"""`binary` as a comparison."""
 
-
-sign = quantizer_operator("sign", binary, bit=not_below)
+sign = quantizer_operator("sign", binary, comparison=NOT_BELOW)
 
 
 class Sign(BinaryQuantization):

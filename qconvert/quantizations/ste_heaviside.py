@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import BinaryQuantization
-from .operators import quantizer_operator
+from .operators import Comparison, quantizer_operator
 
 
 def _ste_heaviside(x: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def _window(x: Tensor) -> Tensor:
     return x.abs_().le_(1)
 
 
-ste_heaviside = quantizer_operator("ste_heaviside", _ste_heaviside, _window, reach=1.0, bit=torch.gt)
+ste_heaviside = quantizer_operator("ste_heaviside", _ste_heaviside, _window, reach=1.0, comparison=Comparison(torch.gt, +1))
 
 
 class SteHeaviside(BinaryQuantization):

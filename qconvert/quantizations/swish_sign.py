@@ -6,7 +6,7 @@ from torch import Tensor
 from ..errors import QuantizerError
 from .base import BinaryQuantization
 from .operators import quantizer_operator
-from .sign import binary, not_below
+from .sign import NOT_BELOW, binary
 
 
 def _swish_sign(x: Tensor, beta: float) -> Tensor:
@@ -18,7 +18,7 @@ def _swish(x: Tensor, beta: float) -> Tensor:
     return (beta * (2 - scaled * torch.tanh(scaled / 2))) / (1 + torch.cosh(scaled))
 
 
-swish_sign = quantizer_operator("swish_sign", _swish_sign, _swish, bit=not_below)
+swish_sign = quantizer_operator("swish_sign", _swish_sign, _swish, comparison=NOT_BELOW)
 
 
 class SwishSign(BinaryQuantization):
