@@ -33,7 +33,7 @@ class Shots:
 
     name = "shots"
     rules: RulesLike = "transnetv2"
-    recipe = Recipe(steps=600, batch_size=1, lr=1e-3, logits=1.0, features=1.0)
+    recipe = Recipe(steps=520, batch_size=1, lr=1e-3, latent_lr=5.0, logits=1.0, features=1.0)
     comparison = "bce"
     layers: tuple[str, ...] = ("SDDCNN.0", "SDDCNN.1", "SDDCNN.2")
 
