@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench bench-conversion bench-step zoo docs clean
+.PHONY: demo test bench bench-conversion bench-step bench-shots bench-digits zoo docs clean
 
 demo: $(VENV)/.demo ## convert the pretrained TransNetV2 and run it on its own video
 	$(BIN)/qconvert demo
@@ -22,6 +22,12 @@ bench-conversion: $(VENV)/.test
 
 bench-step: $(VENV)/.test
 	$(BIN)/python tests/bench/bench_step.py
+
+bench-shots: $(VENV)/.test ## real trainings of pretrained TransNetV2, as tables: hours; goes on where it was interrupted
+	$(BIN)/python tests/bench/bench_tasks.py shots
+
+bench-digits: $(VENV)/.test ## real trainings on moving digits, five seeds, as tables: hours; goes on where it was interrupted
+	$(BIN)/python tests/bench/bench_tasks.py digits --seeds 5
 
 zoo: $(VENV)/.test ## what a conversion does to every model that the tests run, written to docs/zoo.md
 	$(BIN)/python tests/zoo/table.py

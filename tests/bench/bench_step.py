@@ -1,16 +1,12 @@
 """What a step of training costs in units of the float model's: time, and memory kept for its backward. make bench-step."""
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import bitorch.layers
 import torch
-from brevitas.nn import QuantConv3d
-from brevitas.quant.binary import SignedBinaryActPerTensorConst, SignedBinaryWeightPerTensorConst
+from others import bitorch_layer, brevitas_layer, by_hand
 from ratios import Ratio, measure
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -51,8 +47,8 @@ def compared(title: str, model: nn.Module, x: Tensor) -> int:
     models = {
         "float": model,
         "qconvert, default rules": qconvert.binarize(model, "default", report=False),
-        "bitorch's layer by hand": by_hand(model, bitorch_layer),
-        "brevitas' layer by hand": by_hand(model, brevitas_layer),
+        "bitorch's layer by hand": by_hand(model, "default", bitorch_layer, input_quantization="approxsign"),
+        "brevitas' layer by hand": by_hand(model, "default", brevitas_layer),
     }
     times = measure({name: step(each, x) for name, each in models.items()}, ROUNDS)
     kept = {name: kept_bytes(each, x) for name, each in models.items()}
@@ -75,30 +71,6 @@ def row(time: Ratio, kept: dict[str, int]) -> tuple[str, ...]:
         f"{memory / kept['float']:.3f}",
         f"{memory / 2**20:.1f}",
     )
-
-
-def by_hand(model: nn.Module, layer: Callable[..., nn.Module]) -> nn.Module:
-    """Return a copy with another library's layer in the place of those that the default rules convert."""
-    swapped = copy.deepcopy(model)
-    for decision in qconvert.plan(model, "default").converted:
-        conv = swapped.get_submodule(decision.site.name)
-        sizes = (
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
-        swapped.set_submodule(decision.site.name, layer(*sizes, bias=conv.bias is not None))
-    return swapped
-
-
-bitorch_layer = partial(bitorch.layers.QConv3d, input_quantization="approxsign", weight_quantization="sign")
-brevitas_layer = partial(
-    QuantConv3d, weight_quant=SignedBinaryWeightPerTensorConst, input_quant=SignedBinaryActPerTensorConst
-)
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:

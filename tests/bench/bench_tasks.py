@@ -1,0 +1,193 @@
+"""Real trainings as tables for docs/results.md: precisions and ablations. Run: make bench-shots, make bench-digits.
+
+What a run has reached is kept in the folder runs, so an interrupted table goes on where it was.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from others import bitorch_layer, by_hand
+from tabulate import tabulate
+from torch import nn
+
+from qconvert.tasks import Recipe, Task, Training, converted
+from qconvert.tasks.run import task as task_named
+
+RUNS = Path("runs")
+ABLATION_STEPS = 150
+
+WEIGHT = {"quantizer": "sign", "scale": "channel"}
+INPUT = {"quantizer": "approxsign", "threshold": "auto"}
+TWO_STEP = {"weight": "identity"}
+
+
+def lsq(bits: int, *, signed: bool) -> dict[str, Any]:
+    return {"quantizer": "lsq", "bits": bits, "signed": signed}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A row of a table.
+
+    Attributes:
+        rules: the rules, given those of the layers that are to be converted.
+        recipe: changes to the task's recipe.
+        convert: what converts the model in the place of qconvert.
+    """
+
+    rules: Callable[["Layers"], dict[str, Any]]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    convert: Callable[[nn.Module, Mapping[str, Any]], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers of a task's model are converted, and which of them read values below 0.
+
+    Attributes:
+        selects: the selectors of a rule for all of them.
+        signed: those of a rule for the ones that read values below 0, None for none.
+        others: rules that keep layers in float.
+    """
+
+    selects: Mapping[str, Any]
+    signed: Mapping[str, Any] | None = None
+    others: tuple[Mapping[str, Any], ...] = ()
+
+    def rules(self, weight: Any, inputs: Any, signed_inputs: Any = None) -> dict[str, Any]:
+        rules = [{**self.selects, "weight": weight, "input": inputs}]
+        if self.signed is not None and signed_inputs is not None:
+            rules.append({**self.signed, "input": signed_inputs})
+        return {"rule": [*rules, *self.others]}
+
+
+def low_bit(bits: int) -> Configuration:
+    return Configuration(
+        lambda layers: layers.rules(lsq(bits, signed=True), lsq(bits, signed=False), lsq(bits, signed=True))
+    )
+
+
+def binary(**recipe: Any) -> Configuration:
+    return Configuration(lambda layers: layers.rules(WEIGHT, INPUT), recipe)
+
+
+def staged(layers: Layers) -> dict[str, Any]:
+    """Activations first: float weights for a third of the ablation's steps."""
+    return layers.rules(WEIGHT, INPUT) | {"schedule": {"stage": [{"steps": ABLATION_STEPS // 3, **TWO_STEP}]}}
+
+
+def with_bitorch(model: nn.Module, rules: Mapping[str, Any]) -> nn.Module:
+    return by_hand(model, rules, bitorch_layer, input_quantization="sign").train()
+
+
+PRECISIONS = {
+    "W1A1": binary(),
+    "W1A32": Configuration(lambda layers: layers.rules(WEIGHT, "identity")),
+    "W2A2": low_bit(2),
+    "W4A4": low_bit(4),
+    "W1A1, bitorch's layer by hand": Configuration(lambda layers: layers.rules(WEIGHT, INPUT), convert=with_bitorch),
+}
+
+SHORT = {"steps": ABLATION_STEPS}
+ABLATIONS = {
+    "all of it": binary(**SHORT),
+    "no threshold": Configuration(lambda layers: layers.rules(WEIGHT, "approxsign"), SHORT),
+    "no scale": Configuration(lambda layers: layers.rules("sign", INPUT), SHORT),
+    "labels in the place of distillation": binary(**SHORT, labels=1.0, logits=0.0, features=0.0),
+    "staged: activations first": Configuration(staged, SHORT),
+}
+
+LAYERS = {
+    "shots": Layers({"min_in_channels": 4}, {"kernel_size": [3, 1, 1]}),
+    "digits": Layers(
+        {"layers": "blocks.*"}, others=({"role": "shortcut", "quantize": False, "reason": "shortcut: a float path"},)
+    ),
+}
+
+
+def main() -> int:
+    """Print the tables of a task, as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=LAYERS)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", action="append", help="names of rows")
+    arguments = parser.parse_args()
+    chosen = task_named(arguments.task)
+    for title, table in (("Precisions", PRECISIONS), (f"Ablation, {ABLATION_STEPS} steps each", ABLATIONS)):
+        rows = [
+            row(chosen, name, configuration, arguments.seeds)
+            for name, configuration in table.items()
+            if not arguments.only or name in arguments.only
+        ]
+        print(f"{title}\n")
+        print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4g"), "\n")
+    return 0
+
+
+def row(chosen: Task, name: str, configuration: Configuration, seeds: int) -> dict[str, Any]:
+    """Return what a configuration reaches on the mean of the seeds, beside the float models."""
+    results = [result(chosen, name, configuration, seed) for seed in range(seeds)]
+    means = {key: statistics.mean(each["reached"][key] for each in results) for key in results[0]["reached"]}
+    float_means = {f"float: {key}": statistics.mean(each["float"][key] for each in results) for key in results[0]["float"]}
+    minutes = statistics.mean(each["seconds"] for each in results) / 60
+    return {"model": name, **means, **float_means, "steps": results[0]["steps"], "minutes": minutes}
+
+
+def result(chosen: Task, name: str, configuration: Configuration, seed: int) -> dict[str, Any]:
+    """Train once, or read what that has reached."""
+    folder = RUNS / chosen.name / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    path = folder / "reached.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = replace(chosen.recipe, **configuration.recipe)
+    teacher = float_model(chosen, seed)
+    training = Training(chosen, student(chosen, teacher, configuration, recipe, seed), teacher, recipe, seed)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        training.load(checkpoint)
+    print(f"{chosen.name}, {name}, seed {seed}: from step {len(training.losses)}", file=sys.stderr)
+    started = time.perf_counter()
+    if not training.run(checkpoint):
+        sys.exit("interrupted; the same command goes on from here")
+    seconds = time.perf_counter() - started
+    content = {
+        "reached": dict(chosen.evaluate(training.student)),
+        "float": dict(chosen.evaluate(teacher)),
+        "steps": recipe.steps,
+        "seconds": seconds,
+    }
+    path.write_text(json.dumps(content))
+    print(content, file=sys.stderr)
+    return content
+
+
+def float_model(chosen: Task, seed: int) -> nn.Module:
+    """Return the float model of a seed; what was trained is kept."""
+    path = RUNS / chosen.name / f"float-{seed}.pt"
+    if path.exists():
+        model: nn.Module = torch.load(path, weights_only=False)  # written below
+        return model
+    model = chosen.float_model(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model, path)
+    return model
+
+
+def student(chosen: Task, teacher: nn.Module, configuration: Configuration, recipe: Recipe, seed: int) -> nn.Module:
+    rules = configuration.rules(LAYERS[chosen.name])
+    if configuration.convert is not None:
+        return configuration.convert(teacher, rules)
+    return converted(chosen, teacher, rules, seed, recipe)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
