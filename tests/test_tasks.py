@@ -186,6 +186,14 @@ def test_nothing_to_learn_from():
         training(recipe=Recipe(steps=1, batch_size=1, lr=0.1))
 
 
+def test_a_model_that_qconvert_has_not_converted_is_trained_too():
+    task = Brightness()
+    student, teacher = task.float_model(1), task.float_model(0)
+    made = Training(task, student, teacher, task.recipe)
+    assert made.run()
+    assert len(made.losses) == task.recipe.steps
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """The command line with a task that takes no time."""
