@@ -21,6 +21,7 @@ from .standardization import fitted_scale, latent
 from .subclass import obstacle, own_state, quantized_class
 
 Part = TypeVar("Part", bound=nn.Module)
+_KERNEL_DIMS = 3
 Start = float | Tensor | None
 """What a setting per channel starts from: one number for all, or one for each."""
 ScaleStart = str | Start
@@ -408,6 +409,8 @@ class QConv3d(QConv3d_NoAct):
             self.pad_value = default_pad_value(self.activation.activation_function)
 
     def _quantized_conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        if isinstance(input, Tensor) and input.dim() > _KERNEL_DIMS and input.shape[-4] == 1 != self.in_channels:
+            F.conv3d(input, weight, groups=self.groups)  # raises: thresholds would spread the one channel to all
         if not self._runs_fused:
             return super()._quantized_conv(self.activation(input), weight, bias)
         inputs, weights = at_work(self.activation.activation_function), at_work(self._weight_quantize)

@@ -328,6 +328,14 @@ def test_wrong_number_of_channels_is_torchs_own_error():
         QConv3d(2, 1, 1)(torch.randn(1, 3, 2, 2, 2))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2, 2), (1, 2, 2, 2)])
+def test_one_channel_is_not_spread_to_all_by_the_thresholds(training, shape, groups):
+    with pytest.raises(RuntimeError, match=r"channels, but got 1 channels"):
+        QConv3d(2, 2, 1, groups=groups, threshold=0.1).train(training)(torch.randn(shape))
+
+
 def test_bitorchs_constructor_arguments_are_taken():
     settings = {
         "stride": 2,
