@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
@@ -57,7 +56,7 @@ class Digits:
         for _ in track(range(FLOAT_STEPS), "Training the float model"):
             clips, labels = self.batch(FLOAT_BATCH, generator)
             optimizer.zero_grad()
-            self.loss(model(clips), clips, labels).backward()
+            torch.autograd.backward(self.loss(model(clips), clips, labels))
             optimizer.step()
             schedule.step()
         return model
@@ -66,7 +65,7 @@ class Digits:
         """Return clips with their labels."""
         return clips_of(*_images()[0], size, generator)
 
-    def loss(self, outputs: Tensor, clips: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, clips: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002 (of the protocol)
         """Return the cross-entropy."""
         return F.cross_entropy(outputs, labels)
 
@@ -76,7 +75,7 @@ class Digits:
         was_training = model.training
         clips, labels = _test_clips()
         try:
-            answers = torch.cat([model.eval()(part).argmax(1) for part in clips.split(100)])
+            answers = torch.cat([model.eval()(part).argmax(1) for part in torch.split(clips, 100)])
         finally:
             model.train(was_training)
         return {"accuracy": float((answers == labels).double().mean())}
@@ -90,9 +89,7 @@ class ResNet3d(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv3d(1, 16, (3, 5, 5), 2, (1, 2, 2), bias=False), nn.BatchNorm3d(16), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv3d(1, 16, (3, 5, 5), 2, (1, 2, 2), bias=False), nn.BatchNorm3d(16), nn.ReLU())
         self.blocks = nn.Sequential(BasicBlock(16, 32, 2), BasicBlock(32, 64, 2), BasicBlock(64, 64, 1))
         self.head = nn.Sequential(nn.AdaptiveMaxPool3d(1), nn.Flatten(), nn.Linear(64, 10 * len(DIRECTIONS)))
 
