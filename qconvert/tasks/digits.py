@@ -9,6 +9,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..modes import preserved_modes
+from ..pipeline import RulesLike
 from .base import Recipe
 
 FRAMES, SIDE = 16, 32
@@ -43,10 +45,10 @@ class Digits:
     """
 
     name = "digits"
-    rules = "default"
+    rules: RulesLike = "default"
     recipe = Recipe(steps=1500, batch_size=16, lr=5e-3, labels=1.0, logits=1.0, features=1.0)
     comparison = "kl"
-    layers = ("blocks.0", "blocks.1", "blocks.2")
+    layers: tuple[str, ...] = ("blocks.0", "blocks.1", "blocks.2")
 
     def float_model(self, seed: int) -> nn.Module:
         """Return a `ResNet3d`, trained here: about two minutes."""
@@ -75,12 +77,9 @@ class Digits:
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """Return the accuracy."""
-        was_training = model.training
         clips, labels = _test_clips()
-        try:
+        with preserved_modes(model):
             answers = torch.cat([model.eval()(part).argmax(1) for part in torch.split(clips, 100)])
-        finally:
-            model.train(was_training)
         return {"accuracy": float((answers == labels).double().mean())}
 
 

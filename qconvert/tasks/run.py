@@ -15,10 +15,11 @@ from ..loading import save_weights
 from ..pipeline import RulesLike
 from .base import Task
 from .curves import draw
+from .digits import Digits
 from .shots import Shots
 from .training import Training, converted
 
-TASKS: dict[str, Callable[[], Task]] = {"shots": Shots}
+TASKS: dict[str, Callable[[], Task]] = {"shots": Shots, "digits": Digits}
 
 
 def task(name: str) -> Task:
