@@ -150,13 +150,25 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     Raises:
         ModelError: if the file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         safetensors.torch.save_model(model, str(partial), metadata=dict(metadata))
         mask = os.umask(0)
         os.umask(mask)
         partial.chmod(0o666 & ~mask)  # safetensors leaves its files readable by their owner only
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which takes the place of the file once it is whole; until then the old file stays.
+
+    Raises:
+        ModelError: if the file cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
         partial.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises a RuntimeError on a full disk
+        if partial.is_file():
+            partial.unlink()
         raise ModelError(f"{path} cannot be written: {error}") from error

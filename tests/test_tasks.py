@@ -163,7 +163,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
     made.save(path)
     before = path.read_bytes()
     (tmp_path / "checkpoint.pt.partial").mkdir()
-    with pytest.raises((ModelError, IsADirectoryError), match=r"cannot be written|directory"):
+    with pytest.raises(ModelError, match=r"checkpoint.pt cannot be written"):
         made.save(path)
     assert path.read_bytes() == before
 

@@ -86,7 +86,7 @@ class _Step:
     def bits(self, out: Tensor | None = None) -> Tensor:
         """Return where the input's codes are +1. A spread, which is positive, makes no difference."""
         threshold = 0.0 if self.threshold is None else _column(self.threshold)
-        return self.source.comparison.bits(self.x, threshold, out)  # type: ignore[union-attr]  # there is one where there are
+        return self.source.comparison.bits(self.x, threshold, out)  # type: ignore[union-attr]  # asked where there is one
 
     def units(self, out: Tensor | None = None) -> Tensor:
         """Return the input in the units of its quantizer, as a tensor of its own."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..errors import InputError, ModelError
+from ..loading import whole_file
 from ..pipeline import RulesLike, binarize
 from ..rewrite import plan_of
 from ..train import Distillation, Schedule, clip_latent_weights, distill, finite, parameter_groups
@@ -144,13 +145,8 @@ class Training:
             "clips": self._generator.get_state(),
             "dropout": self._dropout,
         }
-        partial = path.with_name(f"{path.name}.partial")
-        try:
+        with whole_file(path) as partial:
             torch.save(content, partial)
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError where a disk is full
-            partial.unlink(missing_ok=True)
-            raise ModelError(f"{path} cannot be written: {error}") from error
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint: what comes then is what would have come without an interruption.
