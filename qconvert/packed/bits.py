@@ -1,0 +1,165 @@
+"""The packing's compiled worker: floats to the bit planes of their codes, 64 channels in a word."""
+
+from enum import IntEnum, auto, unique
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .codes import WORD
+from .memory import copy_float, next_number, read_word, write_word
+
+PIECE = 16
+"""Channels that are compared at once."""
+
+PIECES = WORD // PIECE
+"""In a word."""
+
+_FLOATS, _INTS = ir.VectorType(ir.FloatType(), PIECE), ir.VectorType(ir.IntType(32), PIECE)
+
+
+@intrinsic
+def signs(typing_context: Any, values: Any, thresholds: Any) -> Any:
+    """Return where 16 float32 values are not below their thresholds, as 16 bits of an int64. Both are addresses."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        values, thresholds = (_floats(b, address) for address in arguments)
+        return b.zext(b.bitcast(b.fcmp_unordered(">=", values, thresholds), ir.IntType(PIECE)), ir.IntType(64))
+
+    return types.int64(types.intp, types.intp), codegen
+
+
+@intrinsic
+def codes(typing_context: Any, values: Any, thresholds: Any, spreads: Any, settings: Any, out: Any) -> Any:
+    """Write the codes of 16 float32 values, from 0 on, as int32. All arguments are addresses.
+
+    Code: ``round(clamp((value - threshold) / spread / divisor * factor, lowest, highest)) - lowest``, in the order of
+    operations of the quantizers, so that not one code is another. NaN has code 0.
+
+    Args:
+        typing_context: numba's.
+        values: the values.
+        thresholds, spreads: float32, one for each value.
+        settings: divisor, factor, lowest, highest: float32.
+        out: where the codes go.
+    """
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        *vectors, settings, out = arguments
+        values, thresholds, spreads = (_floats(b, address) for address in vectors)
+        divisor, factor, lowest, highest = (_splat(b, b.add(settings, ir.Constant(ir.IntType(64), 4 * n))) for n in range(4))
+        x = b.fmul(b.fdiv(b.fdiv(b.fsub(values, thresholds), spreads), divisor), factor)
+        x = b.select(b.fcmp_ordered(">", x, lowest), x, lowest)
+        x = b.select(b.fcmp_ordered("<", x, highest), x, highest)
+        rint = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS]), f"llvm.rint.v{PIECE}f32")
+        codes = b.fptosi(b.fsub(b.call(rint, [x]), lowest), _INTS)
+        b.store(codes, b.inttoptr(out, _INTS.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def plane(typing_context: Any, codes: Any, bit: Any) -> Any:
+    """Return bit ``bit`` of each of 16 int32 at an address, as 16 bits of an int64."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        address, bit = arguments
+        value = b.load(b.inttoptr(address, _INTS.as_pointer()))
+        value.align = 4
+        first = b.insert_element(ir.Constant(_INTS, ir.Undefined), b.trunc(bit, ir.IntType(32)), ir.Constant(ir.IntType(32), 0))
+        shifts = b.shuffle_vector(first, ir.Constant(_INTS, ir.Undefined), ir.Constant(_INTS, [0] * PIECE))
+        flags = b.trunc(b.lshr(value, shifts), ir.VectorType(ir.IntType(1), PIECE))
+        return b.zext(b.bitcast(flags, ir.IntType(PIECE)), ir.IntType(64))
+
+    return types.int64(types.intp, types.int64), codegen
+
+
+def _floats(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    value = b.load(b.inttoptr(address, _FLOATS.as_pointer()))
+    value.align = 4
+    return value
+
+
+def _splat(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    value = b.load(b.inttoptr(address, ir.FloatType().as_pointer()))
+    first = b.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    return b.shuffle_vector(first, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_INTS, [0] * PIECE))
+
+
+@unique
+class Argument(IntEnum):
+    """Places in the worker's array of int64: addresses (0 for none) and numbers."""
+
+    NEXT = 0
+    """The next row."""
+    X = auto()
+    """float32 [sample, depth, height][width][group][channel]."""
+    ROWS = auto()
+    WIDTH = auto()
+    GROUPS = auto()
+    GROUP_CHANNELS = auto()
+    """Channels of a group."""
+    THRESHOLDS = auto()
+    """float32 for each channel."""
+    SPREADS = auto()
+    """float32 for each channel."""
+    SETTINGS = auto()
+    """float32, see `codes`; 0 where a code is a sign."""
+    PLANES = auto()
+    PLANE_BYTES = auto()
+    OUTPUT = auto()
+    """Words [plane][row with its border][width with its border][group][word]."""
+    ROW_OFFSETS = auto()
+    """For each row, in bytes from OUTPUT: where its first position goes."""
+
+
+ARGUMENTS = len(Argument)
+
+
+@cache
+def compiled() -> Any:
+    """Return the worker, a function of numba's, compiled or read from its cache."""
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def worker(pointer):  # type: ignore[no-untyped-def]  # compiled
+        a = carray(pointer, ARGUMENTS)
+        channels, planes, settings = a[Argument.GROUP_CHANNELS], a[Argument.PLANES], a[Argument.SETTINGS]
+        words, pieces = (channels + WORD - 1) // WORD, (channels + PIECE - 1) // PIECE
+        spare = np.full(PIECE, -np.inf, np.float32)  # the last piece, where it is not whole: the other bits are 0
+        found = np.zeros(PIECE, np.int32)
+        word_bits = np.zeros(planes, np.int64)
+        while True:
+            row = next_number(a.ctypes.data)
+            if row >= a[Argument.ROWS]:
+                break
+            x = a[Argument.X] + 4 * row * a[Argument.WIDTH] * a[Argument.GROUPS] * channels
+            out = a[Argument.OUTPUT] + read_word(a[Argument.ROW_OFFSETS] + 8 * row)
+            for place in range(a[Argument.WIDTH] * a[Argument.GROUPS]):
+                table = 4 * PIECE * pieces * (place % a[Argument.GROUPS])
+                thresholds, spreads = a[Argument.THRESHOLDS] + table, a[Argument.SPREADS] + table
+                for word in range(words):
+                    word_bits[:] = 0
+                    for piece in range(word * PIECES, min((word + 1) * PIECES, pieces)):
+                        values, shift = x + 4 * PIECE * piece, PIECE * (piece - word * PIECES)
+                        if channels - PIECE * piece < PIECE:
+                            for c in range(channels - PIECE * piece):
+                                copy_float(values + 4 * c, spare.ctypes.data + 4 * c)
+                            values = spare.ctypes.data
+                        if settings == 0:
+                            word_bits[0] |= signs(values, thresholds + 4 * PIECE * piece) << shift
+                        else:
+                            of_piece = 4 * PIECE * piece
+                            codes(values, thresholds + of_piece, spreads + of_piece, settings, found.ctypes.data)
+                            for p in range(planes):
+                                word_bits[p] |= plane(found.ctypes.data, p) << shift
+                    for p in range(planes):
+                        write_word(out + p * a[Argument.PLANE_BYTES], word_bits[p])
+                    out += 8
+                x += 4 * channels
+
+    return worker
