@@ -8,6 +8,7 @@ from . import train
 from .diagnosis import Diagnosis, diagnose
 from .errors import ConstantInputWarning, InputError, ModelError, QConvertError, QuantizerError, RuleError
 from .layers import QActivation, QConv3d, QConv3d_NoAct
+from .packed import pack
 from .pipeline import binarize, plan, preview
 from .report import Profile, Report, compare, profile
 from .rules import Plan, Rules, bundled_rules, load_rules
@@ -36,6 +37,7 @@ __all__ = [
     "compare",
     "diagnose",
     "load_rules",
+    "pack",
     "plan",
     "preview",
     "profile",

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..alone import own_forward
 from ..generated import source_of, with_forward
 from ..inplace import in_place
+from ..layers import QConv3d_NoAct
 from ..tracer import IN_PLACE
-from .layer import PackedConv3d
+from .epilogue import Epilogue
+from .layer import BitConv3d, PackedConv3d
 
 _RELU = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -21,17 +23,18 @@ _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, n
 """What passes its input on, in eval mode."""
 
 
-def fuse(model: nn.Module) -> dict[str, str]:
+def fuse(model: nn.Module, *, folds_floats: bool) -> dict[str, str]:
     """Rewrite the forward of every part of the model that can be followed, and return those that cannot, with the reason.
 
     Args:
         model: in eval mode, with packed layers. Its modules keep their places; those whose work a packed layer does now are
             not called any more.
+        folds_floats: whether float convolutions take in the BatchNorm behind them: they round otherwise then.
     """
     obstacles: dict[str, str] = {}
-    for name, graph in _regions("", model, obstacles):
+    for name, graph in list(_regions("", model, obstacles)):
         region = model.get_submodule(name)
-        _fuse_region(region, graph)
+        _fuse_region(region, graph, folds_floats=folds_floats)
         for node in graph.nodes:
             if IN_PLACE in node.meta:
                 node.target, node.args = in_place, (node.meta[IN_PLACE], *node.args)
@@ -41,37 +44,50 @@ def fuse(model: nn.Module) -> dict[str, str]:
 
 def _regions(name: str, module: nn.Module, obstacles: dict[str, str]) -> Iterator[tuple[str, fx.Graph]]:
     """Yield the largest parts of the model whose forward a graph can replace, each with that graph."""
-    if isinstance(module, PackedConv3d) or not _holds_packed(module):
+    if isinstance(module, nn.Conv3d) or not _holds_packed(module):
         return
     own = own_forward(module)
     if own.obstacle is None:
-        yield name, _inlined(module, own.graph)
-        return
-    if type(module).forward is not nn.Module.forward:
-        obstacles[name] = own.obstacle
-    for child_name, child in module.named_children():
-        yield from _regions(f"{name}.{child_name}".removeprefix("."), child, obstacles)
+        left: list[str] = []
+        yield name, _inlined(module, own.graph, left)
+    else:
+        left = [child for child, _ in module.named_children()]
+        if type(module).forward is not nn.Module.forward:
+            obstacles[name] = own.obstacle
+    for inner in left:
+        yield from _regions(f"{name}.{inner}".removeprefix("."), module.get_submodule(inner), obstacles)
 
 
 def _holds_packed(module: nn.Module) -> bool:
-    return any(isinstance(inner, PackedConv3d) for inner in module.modules())
+    return any(isinstance(inner, BitConv3d) for inner in module.modules())
+
+
+def _is_worth_inlining(module: nn.Module) -> bool:
+    """Whether there may be convolutions in it, or what follows one."""
+    is_sequence = type(module).forward is nn.Sequential.forward
+    return is_sequence or any(isinstance(inner, nn.Conv3d) for inner in module.modules())
 
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _inlined(module: nn.Module, graph: fx.Graph) -> fx.Graph:
-    """Put the forwards of the module's children into its graph, where these hold packed layers."""
+def _inlined(module: nn.Module, graph: fx.Graph, left: list[str]) -> fx.Graph:
+    """Put the forwards of the module's children into its graph, and note the names of those that are left as they are."""
     for node in list(graph.nodes):
         if node.op != "call_module":
             continue
         child = module.get_submodule(node.target)
-        if isinstance(child, PackedConv3d) or not _holds_packed(child) or _has_hooks(child):
-            continue
-        own = own_forward(child)
-        if own.obstacle is None and _is_plain(own.graph):
-            _inline(node, _inlined(child, own.graph))
+        if isinstance(child, BitConv3d) and child.is_plain and not _has_hooks(child) and not node.kwargs:
+            node.target = f"{node.target}.packed"
+        elif not isinstance(child, nn.Conv3d) and _is_worth_inlining(child):
+            own = own_forward(child)
+            if own.obstacle is None and _is_plain(own.graph) and not _has_hooks(child):
+                inner: list[str] = []
+                _inline(node, _inlined(child, own.graph, inner))
+                left += [f"{node.target}.{each}" for each in inner]
+            else:
+                left.append(node.target)
     graph.lint()
     return graph
 
@@ -101,20 +117,20 @@ def _inline(node: fx.Node, inner: fx.Graph) -> None:
     node.graph.erase_node(node)
 
 
-def _fuse_region(region: nn.Module, graph: fx.Graph) -> None:
+def _fuse_region(region: nn.Module, graph: fx.Graph, *, folds_floats: bool) -> None:
     modules = dict(region.named_modules(remove_duplicate=False))
     calls = Counter(modules[node.target] for node in graph.nodes if node.op == "call_module")
     layers = {
         node: modules[node.target]
         for node in graph.nodes
         if node.op == "call_module" and isinstance(modules[node.target], PackedConv3d)
-        # what comes after one of its calls does not come after the others
-        if calls[modules[node.target]] == 1 and not _has_hooks(modules[node.target])
-    }
-    ends = [_take_in(node, layer, modules) for node, layer in layers.items()]
-    by_node = dict(zip(ends, layers.values(), strict=True))
-    for node, layer in by_node.items():
-        _hand_on(node, layer, by_node)
+        and calls[modules[node.target]] == 1  # what comes after one of its calls does not come after the others
+    }  # fmt: skip
+    for node in list(graph.nodes) if folds_floats else ():
+        _fold_norm(node, modules, calls)
+    ends = {_take_in(node, layer, modules): layer for node, layer in layers.items()}
+    for node, layer in ends.items():
+        _hand_on(node, layer, ends)
     graph.lint()
 
 
@@ -122,18 +138,16 @@ def _take_in(node: fx.Node, layer: PackedConv3d, modules: dict[str, nn.Module]) 
     """Let the layer do what follows it, as far as it can, and return its node in the place of the last operation."""
     while len(node.users) == 1:
         (after,) = node.users
-        others = [each for each in after.args if each is not node]
-        if _is_addition(after, node):
-            (other,) = others
-            if not layer.epilogue.add():
-                break
-            with node.graph.inserting_before(after):
-                taken = node.graph.call_module(node.target, (node.args[0], other))
-        elif _takes(layer, after, modules):
-            with node.graph.inserting_before(after):
-                taken = node.graph.call_module(node.target, node.args)
+        other = _added_to(node, after)
+        if other is not None:
+            is_taken = layer.epilogue.add()
         else:
+            is_taken = _takes(layer.epilogue, after, modules)
+        if not is_taken:
             break
+        with node.graph.inserting_before(after):
+            taken = node.graph.call_module(node.target, node.args if other is None else (node.args[0], other))
+        layer.takes_in.append(_title(after, modules))
         after.replace_all_uses_with(taken)
         node.graph.erase_node(after)
         node.graph.erase_node(node)
@@ -142,35 +156,61 @@ def _take_in(node: fx.Node, layer: PackedConv3d, modules: dict[str, nn.Module]) 
     return node
 
 
-def _is_addition(node: fx.Node, value: fx.Node) -> bool:
-    """Whether the node adds one other tensor to the value, which no other name can see."""
+def _fold_norm(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[nn.Module]) -> None:
+    """Fold the BatchNorm behind a float convolution into its weight."""
+    after = next(iter(node.users), None)
+    pair = [modules[each.target] for each in (node, after) if each is not None and each.op == "call_module"]
+    if [type(each).forward for each in pair] != [nn.Conv3d.forward, nn.BatchNorm3d.forward] or len(node.users) != 1:
+        return
+    conv, norm = pair
+    is_float = not isinstance(conv, QConv3d_NoAct) and isinstance(conv._parameters.get("weight"), nn.Parameter)
+    if is_float and calls[conv] == 1 and norm.track_running_stats and not _has_hooks(conv) and not _has_hooks(norm):
+        factor, summand = _of_norm(norm)
+        bias = 0.0 if conv.bias is None else conv.bias.detach().double()
+        conv.weight = nn.Parameter((conv.weight.double() * factor.view(-1, 1, 1, 1, 1)).to(conv.weight.dtype))
+        conv.bias = nn.Parameter((bias * factor + summand).to(conv.weight.dtype))
+        after.replace_all_uses_with(node)
+        node.graph.erase_node(after)
+
+
+def _title(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    return type(modules[node.target]).__name__ if node.op == "call_module" else getattr(node.target, "__name__", node.target)
+
+
+def _added_to(value: fx.Node, node: fx.Node) -> fx.Node | None:
+    """Return the tensor that the node adds to the value, which no other name can see; None where it does something else."""
     if node.target not in _ADD or node.op not in ("call_function", "call_method") or node.kwargs or len(node.args) != 2:
-        return False
+        return None
     is_overwritten = IN_PLACE in node.meta or node.target in ("add_", operator.iadd)
     other = node.args[1] if node.args[0] is value else node.args[0]
-    return isinstance(other, fx.Node) and other is not value and (node.args[0] is value or not is_overwritten)
+    is_tensor = isinstance(other, fx.Node) and other is not value
+    return other if is_tensor and (node.args[0] is value or not is_overwritten) else None
 
 
-def _takes(layer: PackedConv3d, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _takes(epilogue: Epilogue, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Take the operation of a node in, and return whether that can be."""
     if node.op != "call_module":
         is_relu = node.target in _RELU and len(node.args) == 1 and not set(node.kwargs) - {"inplace"}
-        return is_relu and layer.epilogue.bend(torch.zeros(1).double())
+        return is_relu and epilogue.bend(torch.zeros(1).double(), torch.relu)
     module = modules[node.target]
-    if _has_hooks(module) or module.training:
+    if _has_hooks(module) or len(node.args) != 1 or node.kwargs:
         return False
-    if type(module) in _NOTHING:
-        return True
-    if type(module) is nn.BatchNorm3d and module.track_running_stats:
-        return layer.epilogue.scale(*_of_norm(module))
+    if type(module).forward is nn.BatchNorm3d.forward and module.track_running_stats:
+        return epilogue.scale(*_of_norm(module), module)
+    slope = _slope(module)
+    return type(module) in _NOTHING or (slope is not None and epilogue.bend(slope, module))
+
+
+def _slope(module: nn.Module) -> Tensor | None:
+    """Return the slope below 0 of an activation, float64 (1,) or (C,); None of anything else."""
     if type(module) is nn.ReLU:
-        return layer.epilogue.bend(torch.zeros(1).double())
+        return torch.zeros(1).double()
     if type(module) is nn.LeakyReLU:
-        return layer.epilogue.bend(torch.full((1,), module.negative_slope).double())
-    return type(module) is nn.PReLU and layer.epilogue.bend(module.weight.detach().double())
+        return torch.full((1,), module.negative_slope).double()
+    return module.weight.detach().double() if type(module) is nn.PReLU else None
 
 
-def _of_norm(norm: nn.BatchNorm3d) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_norm(norm: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
     """Return factor and summand of a BatchNorm in eval mode, float64 (C,)."""
     deviation = (norm.running_var.double() + norm.eps).sqrt()
     factor = 1 / deviation if norm.weight is None else norm.weight.detach().double() / deviation

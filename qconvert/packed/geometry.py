@@ -35,7 +35,11 @@ class Window(NamedTuple):
 
     def outputs(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return the sizes of the output."""
-        axes = zip(self.padded(size), self.kernel, self.stride, self.dilation, strict=True)
+        return self.outputs_of(self.padded(size))
+
+    def outputs_of(self, padded: Sequence[int]) -> tuple[int, ...]:
+        """Return the sizes of the output for an input with its border."""
+        axes = zip(padded, self.kernel, self.stride, self.dilation, strict=True)
         return tuple((each - apart * (taps - 1) - 1) // step + 1 for each, taps, step, apart in axes)
 
 

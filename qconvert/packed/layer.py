@@ -1,25 +1,34 @@
 """`PackedConv3d`: a quantized convolution that computes with bits."""
 
 import math
+from functools import partial
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..code import operations, reachable
+from ..derived import is_the_users
+from ..errors import ModelError
 from ..layers import QActivation, QConv3d, QConv3d_NoAct
 from ..layers.padding import padding_amounts
+from ..layers.qconv3d import per_channel
 from ..layers.standardization import latent
+from ..layers.subclass import quantized_class
+from ..layers.tied import TiedConv3d
 from ..quantizations import LSQ, InputDoReFa, Quantization
 from ..quantizations.levels import Levels
 from ..quantizations.operators import FORMULAS
 from ..quantizations.stored import bare
 from .codes import WORD
 from .epilogue import Epilogue
-from .geometry import Window, geometry
+from .geometry import Window
 from .layout import Row, arranged, by_block
-from .operators import BLOCK, pack_bits, packed_conv3d
+from .operators import BLOCK, by_channel, pack_bits, packed_conv3d
 
 PIECE = 16
 """Channels that are packed at once."""
@@ -40,6 +49,8 @@ def no_packing(layer: QConv3d_NoAct) -> str | None:
         return "its input is in float: there is nothing to count"
     inputs, weights = bare(layer.activation.activation_function), bare(layer._weight_quantize)
     quantized = quantized_weight(layer)
+    if reads_weight(type(layer).forward, of_self=True) and not isinstance(layer, TiedConv3d):
+        return f"the forward of {type(layer).__name__} reads the weight"
     if type(layer.activation) is not QActivation or _hooked(layer.activation, *layer.activation.children()):
         return "its activation is of another class, or has hooks"
     if not isinstance(inputs, (LSQ, InputDoReFa)) and _comparison(inputs) is None:
@@ -60,9 +71,26 @@ def no_packing(layer: QConv3d_NoAct) -> str | None:
     return None
 
 
+def _own(scale: Tensor | None, offset: Tensor | None, bias: Tensor | None, sums: Tensor) -> Tensor:
+    return per_channel(sums, scale, offset, bias)
+
+
 def _centre(levels: Levels) -> int:
     """Return z for which ``step / 2 * (2 u - n + z)`` is what the code u stands for, see layout.py."""
     return 2**levels.bits - 1 + 2 * levels.lowest // levels.step
+
+
+def reads_weight(forward: Any, *classes: type, of_self: bool) -> bool:
+    """Return whether a forward, or what it leads to, reads the attribute ``weight``: of ``self``, or of anything else.
+
+    Args:
+        forward: the function.
+        classes: as in `reachable`.
+        of_self: which of the two.
+    """
+    codes = reachable([forward], classes)
+    steps = [pair for code in codes for pair in pairwise(operations(code))]
+    return any((before == ("LOAD_FAST", "self")) == of_self for before, (_, name) in steps if name == "weight")
 
 
 def quantized_weight(layer: QConv3d_NoAct) -> Tensor:
@@ -109,13 +137,15 @@ class PackedConv3d(nn.Module):
 
     Attributes:
         epilogue: what comes after the sums; it takes effect with `finish`.
+        takes_in: the operations of the model in it, by name.
         following: border of the layer that reads packed outputs, None where none does.
         has_values: whether floats are put out too.
     """
 
     weight: Tensor
     table: Tensor
-    tap_sums: Tensor
+    base: Tensor
+    tap_sums: Tensor | None
     thresholds: Tensor
     spreads: Tensor
     settings: Tensor | None
@@ -128,8 +158,10 @@ class PackedConv3d(nn.Module):
         is_filled = layer.padding_mode == "zeros"
         self.border = padding_amounts(layer.padding, layer.kernel_size, layer.dilation) if is_filled else [0] * 6
         self._window = Window.of(self.kernel_size, self.stride, self.border, self.dilation)
+        self._products = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
         self.following: list[int] | None = None
         self.has_values = True
+        self.takes_in: list[str] = []
         inputs, weights = bare(layer.activation.activation_function), bare(layer._weight_quantize)
         self.input_levels = _levels_of_inputs(inputs)
         self.twice_border = round(_twice_border(layer, inputs))
@@ -165,8 +197,8 @@ class PackedConv3d(nn.Module):
         self.register_buffer("weight", torch.from_numpy(words))
         self._centre = tuple(_centre(each) for each in (self.input_levels, levels))
         sums = (2 * codes - (2**levels.bits - 1) + self._centre[1]).sum(1)
-        self.register_buffer("tap_sums", torch.from_numpy(sums))
-        self._bases: dict[tuple[int, ...], Tensor] = {}
+        self.register_buffer("base", self._blocked(torch.from_numpy(self._base(sums.sum((1, 2, 3))))))
+        self.register_buffer("tap_sums", torch.from_numpy(sums) if self.twice_border else None)
         ours, theirs = (each.step / 2 * each.unit / each.divisor for each in (self.input_levels, levels))
         self._unit = ours * theirs
 
@@ -174,13 +206,14 @@ class PackedConv3d(nn.Module):
         ones, zeros = torch.ones(self.out_channels).double(), torch.zeros(self.out_channels).double()
         scale = ones if layer.scale is None else layer.scale.detach().double()
         summands = [each.detach().double() for each in (layer.offset, layer.bias) if each is not None]
-        self.epilogue = Epilogue(self._unit * scale, sum(summands, zeros))
+        own = partial(_own, layer.scale, layer.offset, layer.bias)
+        self.epilogue = Epilogue(self._unit * scale, sum(summands, zeros), own)
         self._adds_input = layer.shortcut
         if layer.shortcut:
             self.epilogue.add()
         if layer.rprelu is not None:
             shift, slope, summand = (each.detach().double() for each in layer.rprelu.parameters())
-            self.epilogue.bend(slope, before=-shift, after=summand)
+            self.epilogue.bend(slope, layer.rprelu, before=-shift, after=summand)
 
     def finish(self) -> None:
         """Let the epilogue take effect."""
@@ -194,43 +227,57 @@ class PackedConv3d(nn.Module):
     def hand_on(self, reader: "PackedConv3d", *, has_values: bool) -> None:
         """Put out the bits that another layer reads, beside the floats or in their place."""
         self.following, self.has_values = reader.border, has_values
-        rows = self.epilogue.rows()
-        rows[Row.THRESHOLD] = reader.thresholds[0, : self.out_channels]
+        rows, thresholds = self.epilogue.rows(), reader.thresholds[0, : self.out_channels]
+        rows[Row.THRESHOLD] = thresholds
+        if self.planes == (1, 1) and not has_values and self.epilogue.is_monotone:
+            # the sums are whole numbers of at most that magnitude, and nothing else is wanted of them
+            rows[Row.FACTOR], rows[Row.THRESHOLD] = self.epilogue.whole_thresholds(thresholds, self._products)
+            rows[Row.SUMMAND], rows[Row.SLOPE], rows[Row.LAST] = 0.0, 1.0, 0.0
         self._set_table(rows)
 
     def _set_table(self, rows: Tensor) -> None:
-        blocked = by_block(rows.numpy(), self.groups, BLOCK, fill=math.inf).swapaxes(0, 1)
-        self.register_buffer("table", torch.from_numpy(np.ascontiguousarray(blocked)))
+        blocked = by_block(rows.numpy(), self.groups, BLOCK)
+        # no channel of a block that is none of the layer's has a bit
+        blocked[Row.THRESHOLD] = by_block(rows[Row.THRESHOLD].numpy(), self.groups, BLOCK, fill=math.inf)
+        self.register_buffer("table", torch.from_numpy(np.ascontiguousarray(blocked.swapaxes(0, 1))))
 
-    def bases(self, size: tuple[int, ...]) -> Tensor:
-        """Return what twice the counts are taken from for inputs of D, H, W, int64 [class][group, block][channel]."""
-        key = size if self.twice_border else ()
-        if key not in self._bases:
-            self._bases[key] = self._new_bases(size)
-        return self._bases[key]
-
-    def _new_bases(self, size: tuple[int, ...]) -> Tensor:
+    def _base(self, sums: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what twice a count is taken from, see layout.py: twice, because ``s s' = 1 - 2 (bits differ)``."""
         input_centre, weight_centre = self._centre
-        largest = [2**planes - 1 for planes in self.planes]
-        products = self.in_channels // self.groups * math.prod(self.kernel_size)
-        sums = self.tap_sums.numpy()
-        base = products * largest[0] * (largest[1] - weight_centre) + input_centre * sums.sum((1, 2, 3))[None]
-        if self.twice_border:
-            base = base + self.twice_border * geometry(self._window, 1, size, 1, 1).outside(sums)
-        return torch.from_numpy(by_block(base, self.groups, BLOCK))
+        of_input, of_weight = (2**planes - 1 for planes in self.planes)
+        return self._products * of_input * (of_weight - weight_centre) + input_centre * sums
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """Return the output: floats, packed codes for the layer that follows, or both."""
-        single = x.dim() == _SINGLE
-        x = x[None] if single else x
+        if x.dim() == _SINGLE:
+            return self(x[None], None if residual is None else residual[None])[0]
         words = x if x.dtype == torch.int64 else self.pack(x)
-        size = self._window.inner(words.shape[2:5])
-        found = packed_conv3d(
+        residual = x if self._adds_input else residual
+        if residual is not None and residual.shape != (len(x), self.out_channels, *self._window.outputs_of(words.shape[2:5])):
+            return self._with_broadcast(words, residual)
+        found = self._convolve(words, self.table, residual, has_values=self.has_values, following=self.following)
+        return found[0] if len(found) == 1 else found
+
+    def _with_broadcast(self, words: Tensor, residual: Tensor) -> Any:
+        """Return the output where adding the residual changes shapes: the layer behind it, too, takes floats then."""
+        table = self.table.clone()
+        table[:, Row.SLOPE], table[:, Row.LAST] = 1.0, 0.0
+        (values,) = self._convolve(words, table, None, has_values=True, following=None)
+        _, _, slope, last, _ = (row.view(-1, 1, 1, 1) for row in by_channel(self.table.movedim(1, 0), self.groups, self.out_channels))
+        values = values + residual
+        values = torch.where(values > 0, values, values * slope) + last
+        return [values, values] if self.has_values and self.following is not None else values
+
+    def _convolve(
+        self, words: Tensor, table: Tensor, residual: Tensor | None, *, has_values: bool, following: list[int] | None
+    ) -> list[Tensor]:
+        found: list[Tensor] = packed_conv3d(
             words,
             self.weight,
-            self.bases(size),
-            self.table,
-            x if self._adds_input else residual,
+            self.base,
+            self.tap_sums,
+            table,
+            residual,
             self.kernel_size,
             self.stride,
             self.border,
@@ -239,13 +286,76 @@ class PackedConv3d(nn.Module):
             self.in_channels // self.groups,
             self.planes[1],
             2 * self._centre[1],
-            self.has_values,
-            self.following,
+            self.twice_border,
+            has_values,
+            following,
         )
-        return found[0][0] if single else found[0] if len(found) == 1 else found
+        return found
 
     def pack(self, x: Tensor) -> Tensor:
         """Return the packed codes of a float input, shape (N, C, D, H, W)."""
         if self.padding_mode != "zeros":
             x = F.pad(x, self._fill, mode=self.padding_mode)
         return pack_bits(x.float(), self.thresholds, self.spreads, self.settings, self.planes[0], self.border, self.groups)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Bring the words into this machine's order: that of a pickle may be another's."""
+        super().__setstate__(state)
+        if self.weight.shape[-1] == BLOCK:
+            return
+        self.weight = self._blocked(by_channel(self.weight.movedim(1, 0), self.groups, self.out_channels)).movedim(0, 1).contiguous()
+        self.base = self._blocked(by_channel(self.base, self.groups, self.out_channels))
+        self._set_table(by_channel(self.table.movedim(1, 0), self.groups, self.out_channels))
+
+    def _blocked(self, values: Tensor) -> Tensor:
+        return torch.from_numpy(by_block(values.numpy(), self.groups, BLOCK))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode.
+
+        Raises:
+            ModelError: for any other.
+        """
+        if mode:
+            raise ModelError("a packed model has no latent weights to train: train the converted model, and pack it again")
+        return super().train(mode)
+
+
+class BitConv3d(QConv3d):
+    """A QConv3d, or an instance of a subclass with a forward of its own, that leaves the convolution to a `PackedConv3d`.
+
+    Attributes:
+        packed: it; latent weight and quantizers are gone.
+    """
+
+    packed: PackedConv3d
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it does nothing but the convolution."""
+        return type(self).forward is nn.Conv3d.forward and type(self)._conv_forward is BitConv3d._conv_forward
+
+    def _conv_forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:  # noqa: A002, ARG002
+        output: Tensor = self.packed(input)
+        return output
+
+
+def pack_layer(layer: QConv3d, *, keeps_weight: bool) -> None:
+    """Let the layer compute with bits. It stays the same object, with its hooks, and its class's own methods.
+
+    Args:
+        layer: the layer, for which `no_packing` is None.
+        keeps_weight: whether its latent weight is left for others to read.
+    """
+    packed = PackedConv3d(layer)
+    own = next(cls for cls in type(layer).__mro__ if is_the_users(cls))
+    layer.__class__ = quantized_class(own, BitConv3d)
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if type(hook).__module__.startswith("torch.nn.utils"):  # it computes the latent weight
+                del hooks[key]
+    layer._modules.clear()
+    for name in layer._parameters:
+        if name != "weight" or not keeps_weight:
+            layer._parameters[name] = None
+    layer.packed = packed

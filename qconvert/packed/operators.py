@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .codes import WORD, signs_of, words_of
 from .geometry import Geometry, Window, geometry
-from .layout import pairs
+from .layout import by_block, pairs
 
 try:
     from . import kernel
@@ -72,6 +73,19 @@ def _geometry_of_input(samples: int, channels: int, size: Sequence[int], border:
     return geometry(window, samples, tuple(size), groups, -(-channels // groups // WORD))
 
 
+def _with_border(base: Tensor, tap_sums: Tensor, factor: int, where: Geometry, groups: int) -> Tensor:
+    """Return the base for each class of positions, int64 [class][group, block][channel]."""
+    of_weight = _bases.setdefault(tap_sums, {})
+    if where not in of_weight:
+        outside = torch.from_numpy(by_block(factor * where.outside(tap_sums.numpy()), groups, base.shape[-1]))
+        of_weight[where] = base + outside
+    return of_weight[where]
+
+
+_bases: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of each layer's tap_sums the bases by geometry: a model sees few sizes of input."""
+
+
 def _geometry_of_words(words: Tensor, window: Window) -> Geometry:
     _, samples, *padded, groups, per_group = words.shape
     return geometry(window, samples, window.inner(padded), groups, per_group)
@@ -96,7 +110,7 @@ def _totals(
     exact = torch.float32 if values * largest < 2**24 else torch.float64
     moved = (None, window.stride, 0, window.dilation, groups)
     sums = F.conv3d(inputs.to(exact), of_weight.to(exact), *moved)
-    base = _by_channel(bases, groups, channels)[torch.from_numpy(where.classes) if len(bases) > 1 else 0]
+    base = by_channel(bases, groups, channels)[torch.from_numpy(where.classes) if len(bases) > 1 else 0]
     base = base.T.unflatten(-1, (where.batch, *where.outputs)).movedim(1, 0) if len(bases) > 1 else base.view(-1, 1, 1, 1)
     totals = sums.long() - values * largest + base
     if not sum_factor:
@@ -126,7 +140,7 @@ def _after(totals: Tensor, table: Tensor, residual: Tensor | None) -> tuple[Tens
     return values, ~(values < threshold)
 
 
-def _by_channel(values: Tensor, groups: int, channels: int) -> Tensor:
+def by_channel(values: Tensor, groups: int, channels: int) -> Tensor:
     """Return values [...][group, block][channel of the block] as (..., O)."""
     return values.unflatten(-2, (groups, -1)).flatten(-2)[..., : channels // groups].flatten(-2)
 
@@ -134,7 +148,8 @@ def _by_channel(values: Tensor, groups: int, channels: int) -> Tensor:
 def _packed_conv3d(
     words: Tensor,
     weight: Tensor,
-    bases: Tensor,
+    base: Tensor,
+    tap_sums: Tensor | None,
     table: Tensor,
     residual: Tensor | None,
     kernel_size: Sequence[int],
@@ -145,6 +160,7 @@ def _packed_conv3d(
     group_inputs: int,
     weight_planes: int,
     sum_factor: int,
+    border_factor: int,
     has_values: bool,
     following: Sequence[int] | None,
 ) -> list[Tensor]:
@@ -155,7 +171,9 @@ def _packed_conv3d(
     Args:
         words: the packed input.
         weight: words [group, block][word][channel], see `layout.arranged`.
-        bases: int64 [class][group, block][channel]: one class, or one for each set of taps in the border.
+        base: int64 [group, block][channel].
+        tap_sums: int64 (O, kD, kH, kW): what is added to the base for each tap in the border, times border_factor. None is
+            nothing.
         table: float32 [group, block][row][channel], see `layout.Row`.
         residual: float32, of the output's shape.
         kernel_size, stride, dilation: of the convolution.
@@ -164,15 +182,17 @@ def _packed_conv3d(
         group_inputs: C / groups.
         weight_planes: bits of the weight's codes.
         sum_factor: see above; 0 where the weight's levels lie around 0.
+        border_factor: see tap_sums.
         has_values: whether the floats are wanted.
         following: the border of the convolution that reads the bits: where y is not below the table's threshold. None is no
             bits.
     """
     where = _geometry_of_words(words, Window.of(kernel_size, stride, border, dilation))
     groups, planes = words.shape[-2], (len(words), weight_planes)
+    bases = base[None] if tap_sums is None else _with_border(base, tap_sums, border_factor, where, groups)
     if kernel is None or words.device.type != "cpu":
         totals = _totals(words, weight, bases, where, channels, group_inputs, planes, sum_factor)
-        values, above = _after(totals, _by_channel(table.movedim(1, 0), groups, channels), residual)
+        values, above = _after(totals, by_channel(table.movedim(1, 0), groups, channels), residual)
         found = [values] if has_values else []
         if following is not None:
             found.append(F.pad(words_of(above.long().movedim(1, -1).unsqueeze(-2), 1), (0, 0, 0, 0, *following)))
@@ -208,7 +228,8 @@ def _(
 def _(
     words: Tensor,
     weight: Tensor,
-    bases: Tensor,
+    base: Tensor,
+    tap_sums: Tensor | None,
     table: Tensor,
     residual: Tensor | None,
     kernel_size: Sequence[int],
@@ -219,6 +240,7 @@ def _(
     group_inputs: int,
     weight_planes: int,
     sum_factor: int,
+    border_factor: int,
     has_values: bool,
     following: Sequence[int] | None,
 ) -> list[Tensor]:
@@ -246,7 +268,7 @@ def _empty_words(
 
 @register_flop_formula(torch.ops.qconvert.packed_conv3d)
 def _flops(
-    words: Any, weight: Any, bases: Any, table: Any, residual: Any, kernel_size: Any, stride: Any, border: Any,
+    words: Any, weight: Any, base: Any, tap_sums: Any, table: Any, residual: Any, kernel_size: Any, stride: Any, border: Any,
     dilation: Any, channels: int, group_inputs: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Return 2 for each product of an input with a weight, as for a convolution in float."""
