@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, QConvertError
 from ..layers import QConv3d, QConv3d_NoAct
 from ..loading import listed
+from ..quantizations.levels import Levels
 from ..quantizations.stored import Stored, bare
 from ..rewrite import rewrite
 from ..rules import Decision, Plan, nearest
@@ -121,20 +123,26 @@ def _fill(model: nn.Module, contents: Contents) -> None:
     names: dict[int, list[str]] = {}  # of one tensor
     for key, tensor in own.items():
         names.setdefault(id(tensor), []).append(key)
+    computing = users(model)
     _compare(list(names.values()), own, contents)
-    records, computing = contents.header.weights, users(model)
+    for key in contents.header.weights:
+        for name, module in computing[id(own[key])]:
+            if not quantizes(module, id(own[key])):
+                raise ModelError(f"{key} is packed, and {name!r} ({type(module).__name__}) computes with it in float")
     state: dict[str, Tensor] = {}
     for keys in names.values():
         (key,) = contents.tensors.keys() & keys
-        value = contents.tensors[key]
-        if key in records:
-            value = _decoded(key, value, records[key], own[key].device)
-            _hold(own[key], key, records[key], computing[id(own[key])])
+        record, value = contents.header.weights.get(key), contents.tensors[key]
+        value = value if record is None else _decoded(key, value, record, own[key].device)
         state |= dict.fromkeys(keys, value)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # of a model that has load_state_dict hooks of its own
         raise ModelError(str(error)) from error
+    for key, record in contents.header.weights.items():
+        own[key].requires_grad_(False)  # there are no latent values to train
+        for _, layer in computing[id(own[key])]:
+            _hold(layer, record.levels)
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -191,11 +199,7 @@ def _decoded(key: str, planes: Tensor, record: WeightRecord, device: torch.devic
     return record.levels.values(device)[codes.to(device)].view(record.shape)
 
 
-def _hold(weight: Tensor, key: str, record: WeightRecord, computing: list[tuple[str, nn.Module]]) -> None:
-    """Let the layers take the weight's values as they are. It is not trained: it has no latent values any more."""
-    for name, layer in computing:
-        if not quantizes(layer, id(weight)):
-            raise ModelError(f"{key} is packed, and {name!r} ({type(layer).__name__}) computes with it in float")
-        layer._weight_quantize = Stored(layer._weight_quantize, record.levels).eval()
-        layer.standardize = False  # of latent weights
-    weight.requires_grad_(False)
+def _hold(layer: Any, levels: Levels) -> None:
+    """Let the layer take its weight's values as they are."""
+    layer._weight_quantize = Stored(layer._weight_quantize, levels).eval()
+    layer.standardize = False  # what is quantized has been standardized

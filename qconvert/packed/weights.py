@@ -99,7 +99,7 @@ def _of_layer(layer: QConv3d_NoAct) -> Weight | str:
     if levels.bits != quantizer.bit_width:
         raise QuantizerError(f"its quantizer says a bit_width of {quantizer.bit_width} and levels of {levels.bits} bits")
     codes = levels.codes(quantized)
-    return _unlike_in_forward(layer, quantized) or Weight(bare(quantizer).name, levels, codes)
+    return _own_weight(layer) or Weight(bare(quantizer).name, levels, codes)
 
 
 def _quantized(layer: QConv3d_NoAct) -> Tensor:
@@ -113,30 +113,31 @@ def _quantized(layer: QConv3d_NoAct) -> Tensor:
 _PLAIN_FORWARDS = {nn.Conv3d.forward, TiedConv3d.forward}
 
 
-def _unlike_in_forward(layer: QConv3d_NoAct, quantized: Tensor) -> str | None:
-    """Return how a subclass's own forward quantizes something other than the weight, None if it does not.
+def _own_weight(layer: QConv3d_NoAct) -> str | None:
+    """Return how a subclass's own forward convolves with something other than its weight, None if it does not.
 
-    The forward runs, on a copy and an input of the size of the kernel, and what it quantizes is compared.
+    The forward runs, on a copy and an input of the size of the kernel, and what it convolves with is looked at.
     """
     cls = type(layer)
     if cls.forward in _PLAIN_FORWARDS and cls._conv_forward is QConv3d_NoAct._conv_forward:
         return None
-    seen: list[Tensor] = []
+    convolved: list[Tensor] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        seen.append(output)
+    def keep(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolved.append(weight)
+        return cls._quantized_conv(copy, x, weight, bias)
 
     try:
         with preserved_rng(seed=0):
             copy: Any = structural_copy(layer).eval()
-            copy._weight_quantize.register_forward_hook(keep)
+            vars(copy)["_quantized_conv"] = keep
             sizes = [step * (size - 1) + 1 for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
-            copy.forward(torch.randn(1, layer.in_channels, *sizes, dtype=quantized.dtype, device=quantized.device))
+            copy.forward(layer.weight.new_ones(1, layer.in_channels, *sizes))
     except Exception as error:  # noqa: BLE001 (a user's forward may raise anything; the reason is reported)
         return f"the forward of {cls.__name__} does not run by itself: {first_line(error)}"
-    if seen and all(torch.equal(each, quantized) for each in seen):
+    if convolved and all(weight is layer.weight for weight in convolved):
         return None
-    return f"the forward of {cls.__name__} computes what it quantizes"
+    return f"the forward of {cls.__name__} computes the weight that it convolves with"
 
 
 def _read_by_forwards(model: nn.Module) -> set[int]:
@@ -149,5 +150,6 @@ def _read_by_forwards(model: nn.Module) -> set[int]:
                 takers = [root.get_submodule(user.target) if user.op == "call_module" else None for user in node.users]
                 if not all(isinstance(taker, TiedConv3d) and isinstance(taker, QConv3d_NoAct) for taker in takers):
                     owner, _, name = str(node.target).rpartition(".")
-                    found.add(id(getattr(root.get_submodule(owner), name)))
+                    # what is no Parameter of the model is a constant of the trace
+                    found.add(id(root.get_submodule(owner)._parameters.get(name)))
     return found
