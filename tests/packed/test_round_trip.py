@@ -26,7 +26,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import qconvert
 from qconvert.errors import ModelError
-from qconvert.quantizations import Quantization, register_custom_quantization
+from qconvert.quantizations import Quantization, register_custom_quantization, registry
 from qconvert.quantizations.levels import Levels
 from qconvert.report.facts import collect
 from qconvert.report.totals import add_up
@@ -296,11 +296,10 @@ class Halves(Quantization):
         return known if self.is_open else None
 
 
-register_custom_quantization(Halves)
-
-
 @pytest.mark.parametrize("is_open", [True, False])
-def test_a_quantizer_of_the_users_own(is_open, tmp_path):
+def test_a_quantizer_of_the_users_own(is_open, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_by_name", dict(registry._by_name))
+    register_custom_quantization(Halves)
     rules = {"rule": [{"weight": {"quantizer": Halves.name, "is_open": is_open}, "input": "identity"}]}
     converted = convert(TwoConvs(), rules).eval()
     file = qconvert.save(converted, tmp_path / "m.safetensors")
