@@ -8,7 +8,7 @@ from . import train
 from .diagnosis import Diagnosis, diagnose
 from .errors import ConstantInputWarning, InputError, ModelError, QConvertError, QuantizerError, RuleError
 from .layers import QActivation, QConv3d, QConv3d_NoAct
-from .packed import pack
+from .packed import PackedFile, load, pack, save
 from .pipeline import binarize, plan, preview
 from .report import Profile, Report, compare, profile
 from .rules import Plan, Rules, bundled_rules, load_rules
@@ -21,6 +21,7 @@ __all__ = [
     "Diagnosis",
     "InputError",
     "ModelError",
+    "PackedFile",
     "Plan",
     "Profile",
     "QActivation",
@@ -36,11 +37,13 @@ __all__ = [
     "bundled_rules",
     "compare",
     "diagnose",
+    "load",
     "load_rules",
     "pack",
     "plan",
     "preview",
     "profile",
+    "save",
     "trace",
     "train",
 ]

@@ -14,6 +14,7 @@ from . import __version__
 from .demo import run_demo
 from .errors import InputError, QConvertError, RuleError, did_you_mean
 from .loading import build_model, load_checkpoint, save_weights
+from .packed import save
 from .pipeline import binarize as binarize_model
 from .pipeline import check_rules, preview
 from .pipeline import plan as plan_model
@@ -52,18 +53,24 @@ def binarize(
     checkpoint: Checkpoint = None,
     settings: Settings = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the weights as .safetensors.")] = None,
+    packed: Annotated[Path | None, typer.Option(help="Write a packed file, for qconvert.load, as .safetensors.")] = None,
     report: ReportFile = None,
 ) -> None:
     """Convert a model by rules and report what that does to parameter bits and FLOPs."""
-    _check_suffix(output, (".safetensors",))
+    for path in (output, packed):
+        _check_suffix(path, (".safetensors",))
     _check_suffix(report, tuple(_FORMATS))
     source = _model(model, settings, checkpoint)
     changes = preview(source, rules, _inputs(input))
     typer.echo(changes.to_text())
     if report is not None:
         _write(changes, report)
+    if output is None and packed is None:
+        return
+    converted = binarize_model(source, rules, inplace=True, report=False)
+    if packed is not None:
+        typer.echo(f"packed file written to {packed}: {save(converted, packed).file_bytes} bytes, for qconvert.load")
     if output is not None:
-        converted = binarize_model(source, rules, inplace=True, report=False)
         save_weights(converted, output, {"qconvert": __version__, "rules": rules})
         typer.echo(f"weights written to {output}: load them into binarize({model}(...), {rules!r})")
 

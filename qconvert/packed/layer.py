@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -11,15 +10,12 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..code import operations, reachable
 from ..derived import is_the_users
 from ..errors import ModelError
 from ..layers import QActivation, QConv3d, QConv3d_NoAct
 from ..layers.padding import padding_amounts
 from ..layers.qconv3d import per_channel
-from ..layers.standardization import latent
 from ..layers.subclass import quantized_class
-from ..layers.tied import TiedConv3d
 from ..quantizations import LSQ, InputDoReFa, Quantization
 from ..quantizations.levels import Levels
 from ..quantizations.operators import FORMULAS
@@ -29,6 +25,7 @@ from .epilogue import Epilogue
 from .geometry import Window
 from .layout import Row, arranged, by_block
 from .operators import BLOCK, by_channel, pack_bits, packed_conv3d
+from .weights import own_weight, quantized_weight
 
 PIECE = 16
 """Channels that are packed at once."""
@@ -49,8 +46,9 @@ def no_packing(layer: QConv3d_NoAct) -> str | None:
         return "its input is in float: there is nothing to count"
     inputs, weights = bare(layer.activation.activation_function), bare(layer._weight_quantize)
     quantized = quantized_weight(layer)
-    if reads_weight(type(layer).forward, of_self=True) and not isinstance(layer, TiedConv3d):
-        return f"the forward of {type(layer).__name__} reads the weight"
+    other_weight = own_weight(layer)
+    if other_weight is not None:
+        return other_weight
     if type(layer.activation) is not QActivation or _hooked(layer.activation, *layer.activation.children()):
         return "its activation is of another class, or has hooks"
     if not isinstance(inputs, (LSQ, InputDoReFa)) and _comparison(inputs) is None:
@@ -78,25 +76,6 @@ def _own(scale: Tensor | None, offset: Tensor | None, bias: Tensor | None, sums:
 def _centre(levels: Levels) -> int:
     """Return z for which ``step / 2 * (2 u - n + z)`` is what the code u stands for, see layout.py."""
     return 2**levels.bits - 1 + 2 * levels.lowest // levels.step
-
-
-def reads_weight(forward: Any, *classes: type, of_self: bool) -> bool:
-    """Return whether a forward, or what it leads to, reads the attribute ``weight``: of ``self``, or of anything else.
-
-    Args:
-        forward: the function.
-        classes: as in `reachable`.
-        of_self: which of the two.
-    """
-    codes = reachable([forward], classes)
-    steps = [pair for code in codes for pair in pairwise(operations(code))]
-    return any((before == ("LOAD_FAST", "self")) == of_self for before, (_, name) in steps if name == "weight")
-
-
-def quantized_weight(layer: QConv3d_NoAct) -> Tensor:
-    """Return what the layer convolves with."""
-    quantized: Tensor = layer._weight_quantize(latent(layer.weight.detach(), standardize=layer.standardize))
-    return quantized
 
 
 def _hooked(*modules: nn.Module) -> bool:

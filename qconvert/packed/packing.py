@@ -1,12 +1,13 @@
 """`pack`: a converted model becomes one that computes with bits."""
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..code import is_torchs
+from ..code import is_torchs, operations, reachable
 from ..errors import InputError, ModelError
 from ..example import arguments, copied_inputs, does_not_run, tensors_in
 from ..layers import QConv3d, QConv3d_NoAct
@@ -14,7 +15,7 @@ from ..modes import preserved_modes
 from ..trace import copied, unwrapped
 from . import operators
 from .fusing import fuse
-from .layer import BitConv3d, no_packing, pack_layer, reads_weight
+from .layer import BitConv3d, no_packing, pack_layer
 from .summary import PackedLayer, Summary
 
 
@@ -64,7 +65,8 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
 def _reads_weights(model: nn.Module) -> bool:
     """Whether code of the model's reads the weight of another module, such as a packed layer's, whose latent weight stays then."""
     classes = dict.fromkeys(type(module) for module in model.modules() if not is_torchs(type(module).__module__))
-    return any(reads_weight(cls.forward, *classes, of_self=False) for cls in classes)
+    steps = [step for code in reachable([cls.forward for cls in classes], classes) for step in pairwise(operations(code))]
+    return any(name == "weight" and before != ("LOAD_FAST", "self") for before, (_, name) in steps)
 
 
 _FLOAT_BITS = 32
