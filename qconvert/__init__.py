@@ -5,6 +5,7 @@
 """
 
 from . import train
+from .benchmark import Benchmark, benchmark
 from .diagnosis import Diagnosis, diagnose
 from .errors import ConstantInputWarning, InputError, ModelError, QConvertError, QuantizerError, RuleError
 from .layers import QActivation, QConv3d, QConv3d_NoAct
@@ -17,6 +18,7 @@ from .trace import Traced, trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Benchmark",
     "ConstantInputWarning",
     "Diagnosis",
     "InputError",
@@ -33,6 +35,7 @@ __all__ = [
     "RuleError",
     "Rules",
     "Traced",
+    "benchmark",
     "binarize",
     "bundled_rules",
     "compare",

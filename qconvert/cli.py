@@ -11,6 +11,7 @@ import torch
 import typer
 
 from . import __version__
+from .benchmark import Benchmark, benchmark
 from .demo import run_demo
 from .errors import InputError, QConvertError, RuleError, did_you_mean
 from .loading import build_model, load_checkpoint, save_weights
@@ -98,6 +99,30 @@ def profile(
 
 
 @app.command()
+def bench(
+    model: Model,
+    rules: RulesName = "default",
+    input: Input = None,  # noqa: A002 (the option's name)
+    checkpoint: Checkpoint = None,
+    settings: Settings = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each model runs.")] = 9,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Measure float32 under torch.compile, too.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times as .png, .svg or .pdf.")] = None,
+    report: ReportFile = None,
+) -> None:
+    """Measure the model in float, converted and packed, side by side on this machine."""
+    _check_suffix(plot, _PICTURES)
+    _check_suffix(report, tuple(suffix for suffix, method in _FORMATS.items() if hasattr(Benchmark, method)))
+    source = _model(model, settings, checkpoint)
+    measured = benchmark(source, rules, _inputs(input), rounds=rounds, compiled=compiled)
+    typer.echo(measured.to_text())
+    if plot is not None:
+        measured.draw(plot)
+    if report is not None:
+        _write(measured, report)
+
+
+@app.command()
 def demo(frames: Annotated[int, typer.Option(min=100, help="How much of the video.")] = 500) -> None:
     """Convert the pretrained TransNetV2 and run it on a part of its video."""
     run_demo(frames, typer.echo)
@@ -123,7 +148,7 @@ def train(
     plot: Annotated[Path | None, typer.Option(help="Draw the loss as .png, .svg or .pdf.")] = None,
 ) -> None:
     """Convert the float model of a bundled task, train it, and measure both. Ctrl-C leaves a checkpoint to go on from."""
-    _check_suffix(plot, (".png", ".svg", ".pdf"))
+    _check_suffix(plot, _PICTURES)
     reached_end = train_task(task, rules, output, steps=steps, seed=seed, resume=resume, plot=plot, say=typer.echo)
     if not reached_end:
         sys.exit(128 + signal.SIGINT)
@@ -177,6 +202,7 @@ def schema() -> None:
     typer.echo(json.dumps(RuleFile.model_json_schema(), indent=2))
 
 
+_PICTURES = (".png", ".svg", ".pdf")
 _FORMATS = {".html": "to_html", ".json": "to_json", ".md": "to_markdown", ".csv": "to_csv", ".txt": "to_text"}
 
 
@@ -188,7 +214,7 @@ def _check_suffix(path: Path | None, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{path}: there is no folder {path.parent}")
 
 
-def _write(document: Report | Profile, path: Path) -> None:
+def _write(document: Report | Profile | Benchmark, path: Path) -> None:
     try:
         path.write_text(getattr(document, _FORMATS[path.suffix])(), encoding="utf-8")
     except OSError as error:

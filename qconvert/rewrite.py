@@ -78,7 +78,7 @@ def rewrite(model: nn.Module, plan: Plan, signals: Mapping[str, Signal] = Mappin
         ]
         for old, new in layers:
             undo.callback(_restore, old, type(old), own_state(old))
-            become(old, new)
+            _become(old, new)
         undo.pop_all()
     vars(model)[_PLAN_ATTRIBUTE] = _with_earlier_decisions(plan, plan_of(model))
     return model
@@ -140,7 +140,7 @@ def _named(place: str) -> Iterator[None]:
         raise type(error)(f"{place}: {error}") from error
 
 
-def become(old: nn.Module, new: nn.Module) -> None:
+def _become(old: nn.Module, new: nn.Module) -> None:
     """Turn ``old`` into ``new``, which has its state and more."""
     _restore(old, type(new), vars(new))
 

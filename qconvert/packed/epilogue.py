@@ -44,9 +44,7 @@ class Epilogue:
         self.has_residual = True
         return True
 
-    def bend(
-        self, slope: Tensor, operation: Operation, before: Tensor | float = 0.0, after: Tensor | float = 0.0
-    ) -> bool:
+    def bend(self, slope: Tensor, operation: Operation, before: Tensor | float = 0.0, after: Tensor | float = 0.0) -> bool:
         """Take in ``prelu(y + before) + after``, and return whether that can be."""
         if self.is_bent:
             return False

@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,12 @@ from ..generated import source_of, with_forward
 from ..inplace import in_place
 from ..layers import QConv3d_NoAct
 from ..tracer import IN_PLACE
+from .bit_conv import BitConv3d
 from .epilogue import Epilogue
-from .layer import BitConv3d, PackedConv3d
+from .layer import PackedConv3d
+
+_Modules = Mapping[Any, nn.Module]
+"""The modules of a region by what the nodes of its graph say."""
 
 _RELU = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -134,19 +138,15 @@ def _fuse_region(region: nn.Module, graph: fx.Graph, *, folds_floats: bool) -> N
     graph.lint()
 
 
-def _take_in(node: fx.Node, layer: PackedConv3d, modules: dict[str, nn.Module]) -> fx.Node:
+def _take_in(node: fx.Node, layer: PackedConv3d, modules: _Modules) -> fx.Node:
     """Let the layer do what follows it, as far as it can, and return its node in the place of the last operation."""
     while len(node.users) == 1:
         (after,) = node.users
         other = _added_to(node, after)
-        if other is not None:
-            is_taken = layer.epilogue.add()
-        else:
-            is_taken = _takes(layer.epilogue, after, modules)
-        if not is_taken:
+        if not (_takes(layer.epilogue, after, modules) if other is None else layer.epilogue.add()):
             break
         with node.graph.inserting_before(after):
-            taken = node.graph.call_module(node.target, node.args if other is None else (node.args[0], other))
+            taken = node.graph.call_module(str(node.target), node.args if other is None else (node.args[0], other))
         layer.takes_in.append(_title(after, modules))
         after.replace_all_uses_with(taken)
         node.graph.erase_node(after)
@@ -156,38 +156,49 @@ def _take_in(node: fx.Node, layer: PackedConv3d, modules: dict[str, nn.Module]) 
     return node
 
 
-def _fold_norm(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[nn.Module]) -> None:
+def _fold_norm(node: fx.Node, modules: _Modules, calls: Counter[nn.Module]) -> None:
     """Fold the BatchNorm behind a float convolution into its weight."""
-    after = next(iter(node.users), None)
-    pair = [modules[each.target] for each in (node, after) if each is not None and each.op == "call_module"]
-    if [type(each).forward for each in pair] != [nn.Conv3d.forward, nn.BatchNorm3d.forward] or len(node.users) != 1:
+    after = next(iter(node.users), node)
+    conv, norm = (modules[each.target] if each.op == "call_module" else None for each in (node, after))
+    if not isinstance(conv, nn.Conv3d) or isinstance(conv, QConv3d_NoAct) or type(conv).forward is not nn.Conv3d.forward:
         return
-    conv, norm = pair
-    is_float = not isinstance(conv, QConv3d_NoAct) and isinstance(conv._parameters.get("weight"), nn.Parameter)
-    if is_float and calls[conv] == 1 and norm.track_running_stats and not _has_hooks(conv) and not _has_hooks(norm):
+    is_alone = len(node.users) == calls[conv] == 1 and "weight" in conv._parameters
+    if isinstance(norm, nn.BatchNorm3d) and _is_constant(norm) and is_alone and not _has_hooks(conv):
         factor, summand = _of_norm(norm)
         bias = 0.0 if conv.bias is None else conv.bias.detach().double()
-        conv.weight = nn.Parameter((conv.weight.double() * factor.view(-1, 1, 1, 1, 1)).to(conv.weight.dtype))
-        conv.bias = nn.Parameter((bias * factor + summand).to(conv.weight.dtype))
+        dtype = conv.weight.dtype
+        conv.weight = nn.Parameter((conv.weight.detach().double() * factor.view(-1, 1, 1, 1, 1)).to(dtype))
+        conv.bias = nn.Parameter((bias * factor + summand).to(dtype))
         after.replace_all_uses_with(node)
         node.graph.erase_node(after)
 
 
-def _title(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    return type(modules[node.target]).__name__ if node.op == "call_module" else getattr(node.target, "__name__", node.target)
+def _is_constant(norm: nn.BatchNorm3d) -> bool:
+    """Whether a BatchNorm multiplies and adds what no input changes, and nothing else happens there."""
+    is_plain = type(norm).forward is nn.BatchNorm3d.forward and not _has_hooks(norm)
+    return is_plain and norm.running_mean is not None and norm.running_var is not None
+
+
+def _title(node: fx.Node, modules: _Modules) -> str:
+    return (
+        type(modules[node.target]).__name__
+        if node.op == "call_module"
+        else getattr(node.target, "__name__", str(node.target))
+    )
 
 
 def _added_to(value: fx.Node, node: fx.Node) -> fx.Node | None:
     """Return the tensor that the node adds to the value, which no other name can see; None where it does something else."""
-    if node.target not in _ADD or node.op not in ("call_function", "call_method") or node.kwargs or len(node.args) != 2:
+    if node.target not in _ADD or node.op not in ("call_function", "call_method") or node.kwargs:
         return None
+    first, second = node.args
     is_overwritten = IN_PLACE in node.meta or node.target in ("add_", operator.iadd)
-    other = node.args[1] if node.args[0] is value else node.args[0]
-    is_tensor = isinstance(other, fx.Node) and other is not value
-    return other if is_tensor and (node.args[0] is value or not is_overwritten) else None
+    other = second if first is value else first
+    is_sum = isinstance(other, fx.Node) and other is not value and (first is value or not is_overwritten)
+    return other if is_sum else None  # type: ignore[return-value]  # a Node
 
 
-def _takes(epilogue: Epilogue, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _takes(epilogue: Epilogue, node: fx.Node, modules: _Modules) -> bool:
     """Take the operation of a node in, and return whether that can be."""
     if node.op != "call_module":
         is_relu = node.target in _RELU and len(node.args) == 1 and not set(node.kwargs) - {"inplace"}
@@ -195,8 +206,8 @@ def _takes(epilogue: Epilogue, node: fx.Node, modules: dict[str, nn.Module]) -> 
     module = modules[node.target]
     if _has_hooks(module) or len(node.args) != 1 or node.kwargs:
         return False
-    if type(module).forward is nn.BatchNorm3d.forward and module.track_running_stats:
-        return epilogue.scale(*_of_norm(module), module)
+    if isinstance(module, nn.BatchNorm3d):
+        return _is_constant(module) and epilogue.scale(*_of_norm(module), module)
     slope = _slope(module)
     return type(module) in _NOTHING or (slope is not None and epilogue.bend(slope, module))
 
@@ -212,10 +223,11 @@ def _slope(module: nn.Module) -> Tensor | None:
 
 def _of_norm(norm: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
     """Return factor and summand of a BatchNorm in eval mode, float64 (C,)."""
-    deviation = (norm.running_var.double() + norm.eps).sqrt()
-    factor = 1 / deviation if norm.weight is None else norm.weight.detach().double() / deviation
+    mean, variance = (each.double() for each in (norm.running_mean, norm.running_var) if each is not None)
+    factor = 1 / (variance + norm.eps).sqrt()
+    factor = factor if norm.weight is None else norm.weight.detach().double() * factor
     shift = 0.0 if norm.bias is None else norm.bias.detach().double()
-    return factor, shift - norm.running_mean.double() * factor
+    return factor, shift - mean * factor
 
 
 def _hand_on(node: fx.Node, layer: PackedConv3d, by_node: dict[fx.Node, PackedConv3d]) -> None:

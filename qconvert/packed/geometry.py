@@ -83,7 +83,9 @@ class Geometry:
     @cached_property
     def rows(self) -> Ints:
         """Of each row of the input: its first position inside the border."""
-        depth, height, _ = (before + np.arange(size) for (before, _), size in zip(self.window.padding, self.size, strict=True))
+        depth, height, _ = (
+            before + np.arange(size) for (before, _), size in zip(self.window.padding, self.size, strict=True)
+        )
         left = np.array([self.window.padding[2][0]])
         return self._places(np.arange(self.batch), depth, height, left)
 

@@ -10,96 +10,22 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..derived import is_the_users
 from ..errors import ModelError
-from ..layers import QActivation, QConv3d, QConv3d_NoAct
+from ..layers import QActivation, QConv3d
 from ..layers.padding import padding_amounts
 from ..layers.qconv3d import per_channel
-from ..layers.subclass import quantized_class
-from ..quantizations import LSQ, InputDoReFa, Quantization
 from ..quantizations.levels import Levels
-from ..quantizations.operators import FORMULAS
-from ..quantizations.stored import bare
-from .codes import WORD
+from ..quantizations.operators import Comparison
+from .codes import PIECE
 from .epilogue import Epilogue
 from .geometry import Window
 from .layout import Row, arranged, by_block
+from .obstacles import comparison_of, input_levels, input_quantizer, twice_border_code
 from .operators import BLOCK, by_channel, pack_bits, packed_conv3d
-from .weights import own_weight, quantized_weight
-
-PIECE = 16
-"""Channels that are packed at once."""
+from .weights import quantized_weight
 
 _SINGLE = 4
 """Dimensions of an input without a batch."""
-
-MOST_BITS = 8
-"""Of a code: beyond, pairs of planes cost more than products of floats."""
-
-LEAST_PRODUCTS = 8
-"""Products of a layer for each word of 64 that it would compare: with fewer, in small groups, a convolution of floats is faster."""
-
-
-def no_packing(layer: QConv3d_NoAct) -> str | None:
-    """Return why the layer cannot compute with bits, or would be slower for it; None if it can."""
-    if not isinstance(layer, QConv3d):
-        return "its input is in float: there is nothing to count"
-    inputs, weights = bare(layer.activation.activation_function), bare(layer._weight_quantize)
-    quantized = quantized_weight(layer)
-    other_weight = own_weight(layer)
-    if other_weight is not None:
-        return other_weight
-    if type(layer.activation) is not QActivation or _hooked(layer.activation, *layer.activation.children()):
-        return "its activation is of another class, or has hooks"
-    if not isinstance(inputs, (LSQ, InputDoReFa)) and _comparison(inputs) is None:
-        return f"its input is in float, or its quantizer {inputs.name!r} has no codes"
-    levels = weights.levels(quantized)
-    if levels is None:
-        return f"its weight's quantizer {weights.name!r} has no levels"
-    if max(levels.bits, inputs.bit_width) > MOST_BITS:
-        return f"{levels.bits}-bit weights and {inputs.bit_width}-bit inputs: more than {MOST_BITS} bits are slower than floats"
-    if quantized.dtype != torch.float32 or quantized.device.type != "cpu":
-        return f"its weight is {quantized.dtype} on {quantized.device}: bits are counted on a CPU, beside float32"
-    if not _twice_border(layer, inputs).is_integer():
-        return f"its border of {layer.pad_value:g} lies between the codes"
-    group_inputs, group_outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    compared = -(-group_outputs // BLOCK) * BLOCK * -(-group_inputs // WORD)
-    if group_inputs * group_outputs < LEAST_PRODUCTS * compared:
-        return f"groups of {group_inputs} -> {group_outputs} channels: too few for words of {WORD}"
-    return None
-
-
-def _own(scale: Tensor | None, offset: Tensor | None, bias: Tensor | None, sums: Tensor) -> Tensor:
-    return per_channel(sums, scale, offset, bias)
-
-
-def _centre(levels: Levels) -> int:
-    """Return z for which ``step / 2 * (2 u - n + z)`` is what the code u stands for, see layout.py."""
-    return 2**levels.bits - 1 + 2 * levels.lowest // levels.step
-
-
-def _hooked(*modules: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
-def _comparison(quantizer: Quantization) -> Any:
-    operator = quantizer.operator
-    return None if operator is None else FORMULAS[operator].comparison
-
-
-def _levels_of_inputs(quantizer: Quantization) -> Levels:
-    """Return the levels of an input quantizer, which do not depend on the input."""
-    levels = quantizer.levels(torch.empty(0))
-    assert levels is not None
-    return levels
-
-
-def _twice_border(layer: QConv3d, inputs: Quantization) -> float:
-    """Return twice the code that the border's value has; it is between two codes where sums of its products are no integers."""
-    if layer.padding_mode != "zeros" or not any(padding_amounts(layer.padding, layer.kernel_size, layer.dilation)):
-        return 0.0
-    levels = _levels_of_inputs(inputs)
-    return 2 * (layer.pad_value * levels.divisor / levels.unit - levels.lowest) / levels.step
 
 
 class PackedConv3d(nn.Module):
@@ -141,18 +67,16 @@ class PackedConv3d(nn.Module):
         self.following: list[int] | None = None
         self.has_values = True
         self.takes_in: list[str] = []
-        inputs, weights = bare(layer.activation.activation_function), bare(layer._weight_quantize)
-        self.input_levels = _levels_of_inputs(inputs)
-        self.twice_border = round(_twice_border(layer, inputs))
-        quantized = quantized_weight(layer)
-        levels = weights.levels(quantized)
-        self._take_inputs(layer.activation, inputs)
-        self._take_weight(quantized, levels)
+        inputs, quantized = input_quantizer(layer), quantized_weight(layer)
+        self.input_levels = input_levels(inputs)
+        self.twice_border = round(twice_border_code(layer))
+        self._take_inputs(layer.activation, comparison_of(inputs))
+        self._take_weight(quantized, layer._weight_quantize.levels(quantized))  # type: ignore[arg-type]  # it has levels
         self._take_epilogue(layer)
         self.finish()
 
-    def _take_inputs(self, activation: QActivation, inputs: Quantization) -> None:
-        levels, comparison = self.input_levels, _comparison(inputs)
+    def _take_inputs(self, activation: QActivation, comparison: Comparison | None) -> None:
+        levels = self.input_levels
         channels = self.in_channels // self.groups
 
         def by_group(values: Tensor | None, fill: float) -> Tensor:
@@ -220,7 +144,7 @@ class PackedConv3d(nn.Module):
         blocked[Row.THRESHOLD] = by_block(rows[Row.THRESHOLD].numpy(), self.groups, BLOCK, fill=math.inf)
         self.register_buffer("table", torch.from_numpy(np.ascontiguousarray(blocked.swapaxes(0, 1))))
 
-    def _base(self, sums: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _base(self, sums: NDArray[Any]) -> Any:
         """Return what twice a count is taken from, see layout.py: twice, because ``s s' = 1 - 2 (bits differ)``."""
         input_centre, weight_centre = self._centre
         of_input, of_weight = (2**planes - 1 for planes in self.planes)
@@ -232,7 +156,11 @@ class PackedConv3d(nn.Module):
             return self(x[None], None if residual is None else residual[None])[0]
         words = x if x.dtype == torch.int64 else self.pack(x)
         residual = x if self._adds_input else residual
-        if residual is not None and residual.shape != (len(x), self.out_channels, *self._window.outputs_of(words.shape[2:5])):
+        if residual is not None and residual.shape != (
+            len(x),
+            self.out_channels,
+            *self._window.outputs_of(words.shape[2:5]),
+        ):
             return self._with_broadcast(words, residual)
         found = self._convolve(words, self.table, residual, has_values=self.has_values, following=self.following)
         return found[0] if len(found) == 1 else found
@@ -242,7 +170,9 @@ class PackedConv3d(nn.Module):
         table = self.table.clone()
         table[:, Row.SLOPE], table[:, Row.LAST] = 1.0, 0.0
         (values,) = self._convolve(words, table, None, has_values=True, following=None)
-        _, _, slope, last, _ = (row.view(-1, 1, 1, 1) for row in by_channel(self.table.movedim(1, 0), self.groups, self.out_channels))
+        _, _, slope, last, _ = (
+            row.view(-1, 1, 1, 1) for row in by_channel(self.table.movedim(1, 0), self.groups, self.out_channels)
+        )
         values = values + residual
         values = torch.where(values > 0, values, values * slope) + last
         return [values, values] if self.has_values and self.following is not None else values
@@ -275,14 +205,19 @@ class PackedConv3d(nn.Module):
         """Return the packed codes of a float input, shape (N, C, D, H, W)."""
         if self.padding_mode != "zeros":
             x = F.pad(x, self._fill, mode=self.padding_mode)
-        return pack_bits(x.float(), self.thresholds, self.spreads, self.settings, self.planes[0], self.border, self.groups)
+        words: Tensor = pack_bits(
+            x.float(), self.thresholds, self.spreads, self.settings, self.planes[0], self.border, self.groups
+        )
+        return words
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Bring the words into this machine's order: that of a pickle may be another's."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.weight.shape[-1] == BLOCK:
             return
-        self.weight = self._blocked(by_channel(self.weight.movedim(1, 0), self.groups, self.out_channels)).movedim(0, 1).contiguous()
+        self.weight = (
+            self._blocked(by_channel(self.weight.movedim(1, 0), self.groups, self.out_channels)).movedim(0, 1).contiguous()
+        )
         self.base = self._blocked(by_channel(self.base, self.groups, self.out_channels))
         self._set_table(by_channel(self.table.movedim(1, 0), self.groups, self.out_channels))
 
@@ -300,41 +235,11 @@ class PackedConv3d(nn.Module):
         return super().train(mode)
 
 
-class BitConv3d(QConv3d):
-    """A QConv3d, or an instance of a subclass with a forward of its own, that leaves the convolution to a `PackedConv3d`.
-
-    Attributes:
-        packed: it; latent weight and quantizers are gone.
-    """
-
-    packed: PackedConv3d
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it does nothing but the convolution."""
-        return type(self).forward is nn.Conv3d.forward and type(self)._conv_forward is BitConv3d._conv_forward
-
-    def _conv_forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:  # noqa: A002, ARG002
-        output: Tensor = self.packed(input)
-        return output
+def _own(scale: Tensor | None, offset: Tensor | None, bias: Tensor | None, sums: Tensor) -> Tensor:
+    return per_channel(sums, scale, offset, bias)
 
 
-def pack_layer(layer: QConv3d, *, keeps_weight: bool) -> None:
-    """Let the layer compute with bits. It stays the same object, with its hooks, and its class's own methods.
-
-    Args:
-        layer: the layer, for which `no_packing` is None.
-        keeps_weight: whether its latent weight is left for others to read.
-    """
-    packed = PackedConv3d(layer)
-    own = next(cls for cls in type(layer).__mro__ if is_the_users(cls))
-    layer.__class__ = quantized_class(own, BitConv3d)
-    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if type(hook).__module__.startswith("torch.nn.utils"):  # it computes the latent weight
-                del hooks[key]
-    layer._modules.clear()
-    for name in layer._parameters:
-        if name != "weight" or not keeps_weight:
-            layer._parameters[name] = None
-    layer.packed = packed
+def _centre(levels: Levels) -> int:
+    """Return z for which ``step / 2 * (2 u - n + z)`` is what the code u stands for, see layout.py."""
+    highest: int = 2**levels.bits - 1
+    return highest + 2 * levels.lowest // levels.step

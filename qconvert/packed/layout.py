@@ -1,16 +1,18 @@
 """A layer's weight as the compiled worker reads it, and the whole numbers that its counts are taken from.
 
 Codes are u = 0 .. 2^k - 1 and mean ``lowest + step * u`` (`Levels`). With s = -1, +1 for each bit of u and n = 2^k - 1,
-``2 u - n = sum over planes of 2^j s_j``; so with z = n + 2 lowest / step, a value is step / 2 times ``v + z`` where v is that
-sum, and a product of a window of inputs with a weight is step step' / 4 times
+``2 u - n = sum over planes of 2^j s_j``; so with z = n + 2 lowest / step, a value is step / 2 times ``v + z`` where v is
+that sum, and a product of a window of inputs with a weight is step step' / 4 times
 
     sum (v + z) (v' + z') = sum v v' + z sum v' + z' sum v + K z z'
 
-over its K values. The first sum is one of signs, which XOR and population count give: K - 2 popcount for each pair of planes.
+over its K values. The first sum is one of signs, which XOR and population count give: K - 2 popcount for each pair of
+planes.
 """
 
 from collections.abc import Iterator
 from enum import IntEnum, unique
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +44,8 @@ def runs(input_planes: int, weight_planes: int, words: int, longest: int) -> NDA
     """Return (end, shift) of each run of words that is counted in one go, as the tile takes them.
 
     Args:
-        input_planes, weight_planes: bits of the codes.
+        input_planes: bits of an input's code.
+        weight_planes: bits of a weight's code.
         words: words of a window of one plane.
         longest: words that a run may have, 0 for any number.
     """
@@ -61,7 +64,8 @@ def arranged(codes: NDArray[np.int64], groups: int, input_planes: int, weight_pl
     Args:
         codes: from 0 on, shape (O, C / groups, kD, kH, kW).
         groups: channel groups.
-        input_planes, weight_planes: bits of the codes.
+        input_planes: bits of an input's code.
+        weight_planes: bits of a weight's code.
         block: output channels of a tile. What a group has too few of is words of 0.
     """
     outputs, channels = codes.shape[:2]
@@ -77,7 +81,7 @@ def arranged(codes: NDArray[np.int64], groups: int, input_planes: int, weight_pl
     return np.ascontiguousarray(words.reshape(-1, *words.shape[2:]))
 
 
-def by_block(values: NDArray, groups: int, block: int, fill: float = 0) -> NDArray:
+def by_block(values: NDArray[Any], groups: int, block: int, fill: float = 0) -> NDArray[Any]:
     """Return values per output channel, in the last dimension, as [...][group, block][channel]."""
     *rest, outputs = values.shape
     values = values.reshape(*rest, groups, outputs // groups)

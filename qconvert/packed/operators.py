@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .codes import WORD, signs_of, words_of
+from .codes import WORD, weighted, words_of
 from .geometry import Geometry, Window, geometry
 from .layout import by_block, pairs
 
 try:
-    from . import kernel
+    from .compiled import kernel
 except ImportError:  # numba is an extra: the same results in torch's operations, which `PackedModel.summary` says
     kernel = None  # type: ignore[assignment]
 
-BLOCK = 32 if kernel is None else kernel.CHANNELS
+BLOCK = 32 if kernel is None else kernel.BLOCK
 """Output channels that are computed together."""
 
 
@@ -45,7 +45,8 @@ def _pack_bits(
 
     Args:
         x: float32 (N, C, D, H, W).
-        thresholds, spreads: float32 (groups, channels of a group, rounded up to 16).
+        thresholds: float32 (groups, channels of a group, rounded up to 16).
+        spreads: as thresholds.
         settings: divisor, factor, lowest and highest, float32 (4,); None where the code is the sign.
         planes: bits of a code.
         border: of the convolution that reads the bits, in the order of F.pad.
@@ -55,7 +56,7 @@ def _pack_bits(
     where = _geometry_of_input(samples, channels, size, border, groups)
     if kernel is not None and x.device.type == "cpu":
         return kernel.pack(x, thresholds, spreads, settings, planes, where, groups)
-    values = x.permute(0, 2, 3, 4, 1).unflatten(-1, (groups, channels // groups))
+    values = torch.unflatten(x.permute(0, 2, 3, 4, 1), -1, (groups, channels // groups))
     thresholds, spreads = thresholds[:, : channels // groups], spreads[:, : channels // groups]
     if settings is None:
         codes = (~(values < thresholds)).long()
@@ -75,14 +76,16 @@ def _geometry_of_input(samples: int, channels: int, size: Sequence[int], border:
 
 def _with_border(base: Tensor, tap_sums: Tensor, factor: int, where: Geometry, groups: int) -> Tensor:
     """Return the base for each class of positions, int64 [class][group, block][channel]."""
-    of_weight = _bases.setdefault(tap_sums, {})
+    if tap_sums not in _bases:
+        _bases[tap_sums] = {}
+    of_weight: dict[Geometry, Tensor] = _bases[tap_sums]
     if where not in of_weight:
         outside = torch.from_numpy(by_block(factor * where.outside(tap_sums.numpy()), groups, base.shape[-1]))
         of_weight[where] = base + outside
     return of_weight[where]
 
 
-_bases: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_bases: Any = WeakIdKeyDictionary()
 """Of each layer's tap_sums the bases by geometry: a model sees few sizes of input."""
 
 
@@ -103,7 +106,7 @@ def _totals(
 ) -> Tensor:
     """Return the whole numbers that the compiled worker finds, in torch's own operations, shape (N, O, D', H', W')."""
     groups, window = words.shape[-2], where.window
-    inputs = sum(signs_of(plane, group_inputs) * 2**number for number, plane in enumerate(words)).flatten(-2).movedim(-1, 1)
+    inputs = weighted(list(words), group_inputs).flatten(-2).movedim(-1, 1)
     of_weight = _weight(weight, planes, where, groups, channels // groups, group_inputs)
     largest = (2 ** planes[0] - 1) * (2 ** planes[1] - 1)
     values = group_inputs * math.prod(window.kernel)
@@ -111,13 +114,14 @@ def _totals(
     moved = (None, window.stride, 0, window.dilation, groups)
     sums = F.conv3d(inputs.to(exact), of_weight.to(exact), *moved)
     base = by_channel(bases, groups, channels)[torch.from_numpy(where.classes) if len(bases) > 1 else 0]
-    base = base.T.unflatten(-1, (where.batch, *where.outputs)).movedim(1, 0) if len(bases) > 1 else base.view(-1, 1, 1, 1)
-    totals = sums.long() - values * largest + base
+    base = base.T.view(channels, where.batch, *where.outputs).movedim(1, 0) if len(bases) > 1 else base.view(-1, 1, 1, 1)
+    totals: Tensor = sums.long() - values * largest + base
     if not sum_factor:
         return totals
     ones = torch.ones_like(of_weight[:groups]).to(exact)
     codes = (F.conv3d(inputs.to(exact), ones, *moved).long() + values * (2 ** planes[0] - 1)) // 2
-    return totals + sum_factor * codes.repeat_interleave(channels // groups, 1)
+    of_group: Tensor = sum_factor * codes.repeat_interleave(channels // groups, 1)
+    return totals + of_group
 
 
 def _weight(
@@ -125,10 +129,12 @@ def _weight(
 ) -> Tensor:
     """Return ``2 u - n`` for each code u of a weight, float32 (O, C / groups, kD, kH, kW)."""
     order = [plane for _, of_level in pairs(*planes) for _, plane in of_level]
-    by_pair = weight.unflatten(1, (len(order), -1, where.words)).movedim(-1, 1)  # [group, block][channel][pair][tap][word]
-    signs = sum(signs_of(by_pair[:, :, order.index(plane)], group_inputs) * 2**plane for plane in range(planes[1]))
-    outputs = signs.unflatten(0, (groups, -1)).flatten(1, 2)[:, :group_channels].flatten(0, 1)
-    return outputs.movedim(-1, 1).unflatten(-1, where.window.kernel)
+    by_pair = torch.unflatten(weight, 1, (len(order), -1, where.words)).movedim(
+        -1, 1
+    )  # [group, block][channel][pair][tap][word]
+    values = weighted([by_pair[:, :, order.index(plane)] for plane in range(planes[1])], group_inputs)
+    outputs = torch.unflatten(values, 0, (groups, -1)).flatten(1, 2)[:, :group_channels].flatten(0, 1)
+    return torch.unflatten(outputs.movedim(-1, 1), -1, where.window.kernel)
 
 
 def _after(totals: Tensor, table: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -142,7 +148,7 @@ def _after(totals: Tensor, table: Tensor, residual: Tensor | None) -> tuple[Tens
 
 def by_channel(values: Tensor, groups: int, channels: int) -> Tensor:
     """Return values [...][group, block][channel of the block] as (..., O)."""
-    return values.unflatten(-2, (groups, -1)).flatten(-2)[..., : channels // groups].flatten(-2)
+    return torch.unflatten(values, -2, (groups, -1)).flatten(-2)[..., : channels // groups].flatten(-2)
 
 
 def _packed_conv3d(
@@ -176,7 +182,9 @@ def _packed_conv3d(
             nothing.
         table: float32 [group, block][row][channel], see `layout.Row`.
         residual: float32, of the output's shape.
-        kernel_size, stride, dilation: of the convolution.
+        kernel_size: of the convolution.
+        stride: of the convolution.
+        dilation: of the convolution.
         border: its padding, in the order of F.pad, which the packed input has.
         channels: O.
         group_inputs: C / groups.
@@ -199,12 +207,9 @@ def _packed_conv3d(
         return found
     sums = kernel.window_sums(words, where) * sum_factor if sum_factor else None
     after = None if following is None else _geometry_of_input(where.batch, channels, where.outputs, following, 1)
-    found = kernel.convolve(
+    return kernel.convolve(
         words, weight, bases, sums, table, where, groups, channels, planes, residual, has_values=has_values, following=after
     )
-    return [each for each in found if each is not None]
-
-
 
 
 pack_bits = torch.library.custom_op("qconvert::pack_bits", _pack_bits, mutates_args=())
@@ -253,7 +258,9 @@ def _(
     return found
 
 
-def _sizes(words: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, list[int]]:
+def _sizes(
+    words: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, list[int]]:
     """Return samples and D', H', W' of the output."""
     axes = zip(words.shape[2:5], kernel_size, stride, dilation, strict=True)
     return words.shape[1], [(size - apart * (taps - 1) - 1) // step + 1 for size, taps, step, apart in axes]
@@ -270,7 +277,7 @@ def _empty_words(
 def _flops(
     words: Any, weight: Any, base: Any, tap_sums: Any, table: Any, residual: Any, kernel_size: Any, stride: Any, border: Any,
     dilation: Any, channels: int, group_inputs: int, *_: Any, **__: Any,
-) -> int:  # fmt: skip
+) -> Any:  # fmt: skip
     """Return 2 for each product of an input with a weight, as for a convolution in float."""
     axes = zip(words[2:5], kernel_size, stride, dilation, strict=True)
     size = [(each - apart * (taps - 1) - 1) // step + 1 for each, taps, step, apart in axes]

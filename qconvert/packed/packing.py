@@ -14,8 +14,9 @@ from ..layers import QConv3d, QConv3d_NoAct
 from ..modes import preserved_modes
 from ..trace import copied, unwrapped
 from . import operators
+from .bit_conv import BitConv3d, pack_layer
 from .fusing import fuse
-from .layer import BitConv3d, no_packing, pack_layer
+from .obstacles import no_packing
 from .summary import PackedLayer, Summary
 
 
@@ -50,7 +51,7 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
     reasons = {layer: no_packing(layer) for layer in names}
     keeps_weights = _reads_weights(packed)
     for layer, reason in reasons.items():
-        if reason is None:
+        if reason is None and isinstance(layer, QConv3d):
             pack_layer(layer, keeps_weight=keeps_weights)
     opaque = fuse(packed, folds_floats=dtype is not None)
     if dtype is not None:
@@ -63,7 +64,7 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
 
 
 def _reads_weights(model: nn.Module) -> bool:
-    """Whether code of the model's reads the weight of another module, such as a packed layer's, whose latent weight stays then."""
+    """Whether code of the model's reads the weight of another module, such as a packed layer, which keeps its own then."""
     classes = dict.fromkeys(type(module) for module in model.modules() if not is_torchs(type(module).__module__))
     steps = [step for code in reachable([cls.forward for cls in classes], classes) for step in pairwise(operations(code))]
     return any(name == "weight" and before != ("LOAD_FAST", "self") for before, (_, name) in steps)
@@ -94,7 +95,7 @@ def _cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
     """Let float convolutions compute in the dtype, and in the memory format of what is packed."""
     for conv in model.modules():
         if isinstance(conv, nn.Conv3d) and not isinstance(conv, QConv3d_NoAct):
-            conv.to(dtype, memory_format=torch.channels_last_3d)
+            conv.to(dtype).to(memory_format=torch.channels_last_3d)
             conv.register_forward_pre_hook(partial(_cast_input, dtype))
             conv.register_forward_hook(_cast_output)
 
@@ -109,7 +110,9 @@ def _cast_output(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
 
 def _difference(model: nn.Module, packed: nn.Module, inputs: Any) -> float:
     outputs = [_outputs(each, inputs) for each in (model, packed)]
-    differences = [(ours.double() - theirs.double()).abs().max() for ours, theirs in zip(*outputs, strict=True) if ours.numel()]
+    differences = [
+        (ours.double() - theirs.double()).abs().max() for ours, theirs in zip(*outputs, strict=True) if ours.numel()
+    ]
     return float(torch.stack(differences).max()) if differences else 0.0
 
 

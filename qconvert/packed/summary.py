@@ -26,6 +26,11 @@ class PackedLayer:
     takes_in: tuple[str, ...] = ()
     gives: str = "floats"
 
+    @property
+    def runs_on(self) -> str:
+        """Bits, or what it ran on before."""
+        return "bits" if self.reason is None else "as before"
+
 
 @dataclass(frozen=True)
 class Summary(Document):
@@ -56,16 +61,16 @@ class Summary(Document):
     def layer_table(self) -> Table:
         """Return one row per layer."""
         rows = [
-            (each.name, each.precision, "bits" if each.reason is None else "as before", ", ".join(each.takes_in), each.gives,
-             each.reason if each.reason is not None else "")
+            (each.name, each.precision, each.runs_on, ", ".join(each.takes_in), each.gives, each.reason)
             for each in self.layers
-        ]  # fmt: skip
+        ]
         return Table(("layer", "precision", "runs on", "takes in", "gives", "reason"), tuple(rows))
 
     def notes(self) -> list[str]:
         """Return what the table leaves out."""
-        notes = [] if self.is_compiled else ["numba is not installed: bits are counted in torch's operations, which is slow. "
-                                             "pip install qconvert[cpu]"]  # fmt: skip
+        notes = []
+        if not self.is_compiled:
+            notes.append("numba is not installed: bits are counted in torch's operations, slowly. pip install qconvert[cpu]")
         notes += [f"Layer by layer: {name or 'the model'}: {reason}" for name, reason in self.opaque.items()]
         if self.difference is not None:
             notes.append(f"Largest difference on the example inputs: {self.difference:.2g}.")

@@ -1,6 +1,7 @@
 """A packed layer beside naive numpy, and beside the layer that was packed."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import both, layer
+from packed_layers import both, layer
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from qconvert import ModelError, QConv3d, QConv3d_NoAct
 from qconvert.packed import operators
-from qconvert.packed.layer import PackedConv3d, no_packing
+from qconvert.packed.layer import PackedConv3d
+from qconvert.packed.obstacles import no_packing
 from qconvert.quantizations import LSQ, Identity, InputDoReFa, Sign, WeightDoReFa
 
 CHANNELS = [1, 2, 63, 64, 65, 127, 128, 130]
@@ -147,7 +149,12 @@ WEIGHTS = {
 def test_codes_of_several_bits_give_what_floats_give(inputs: str, weights: str, groups: int, way: str) -> None:
     made = layer(
         *(130, 34, (2, 3, 1)),
-        **{"padding": (1, 1, 0), "groups": groups, "threshold": 0.0, "spread": 1.5, "scale": "channel", "offset": 0.0},
+        padding=(1, 1, 0),
+        groups=groups,
+        threshold=0.0,
+        spread=1.5,
+        scale="channel",
+        offset=0.0,
         input_quantization=INPUTS[inputs](),
         weight_quantization=WEIGHTS[weights](),
     )
@@ -244,8 +251,8 @@ class Custom(Sign):
     [
         (lambda: QConv3d_NoAct(64, 64, 3), "its input is in float"),
         (lambda: QConv3d(64, 64, 3, input_quantization=Identity()), "its input is in float"),
-        (lambda: QConv3d(64, 64, 3, weight_quantization=Identity()), "'identity' has no levels"),
-        (lambda: QConv3d(64, 64, 3, weight_quantization=Custom()), "'custom' has no levels"),
+        (lambda: QConv3d(64, 64, 3, weight_quantization=Identity()), "'identity' does not say its levels"),
+        (lambda: QConv3d(64, 64, 3, weight_quantization=Custom()), "'custom' does not say its levels"),
         (lambda: QConv3d(64, 64, 3, weight_quantization=LSQ(9)), "9-bit weights"),
         (lambda: QConv3d(64, 64, 3, input_quantization=LSQ(16)), "16-bit inputs"),
         (lambda: QConv3d(64, 64, 3, padding=1, pad_value=0.3), r"border of 0\.3 lies between the codes"),
@@ -255,8 +262,6 @@ class Custom(Sign):
     ],
 )
 def test_what_cannot_be_counted_is_said(made: Any, reason: str) -> None:
-    import re
-
     assert re.search(reason, no_packing(made()))
 
 

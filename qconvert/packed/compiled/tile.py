@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-from .layout import Row
+from ..layout import Row
 
 I1, I8, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -51,7 +51,6 @@ COUNTS_WORDS = "avx512vpopcntdq" in _features()
 
 SHAPE = Shape(4, 4, 8, 0) if COUNTS_WORDS else Shape(2, 4, 4, 31)
 """The accumulators of a tile fit into the registers: 32 of 512 bits, or 16 of 256."""
-
 
 
 _WORDS = ir.VectorType(I64, SHAPE.lanes)
@@ -106,9 +105,7 @@ def _tile(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Valu
     for p in range(SHAPE.positions):
         base, addend = _load_word(b, bases, p), _splat(b, _load_word(b, addends, p), _WORDS)
         twice = [b.shl(count, ir.Constant(_WORDS, [1] * SHAPE.lanes)) for count in counts[p]]
-        sums.append([
-            b.add(b.sub(_load(b, base, _VECTOR * v, _WORDS), twice[v]), addend) for v in range(SHAPE.vectors)
-        ])
+        sums.append([b.add(b.sub(_load(b, base, _VECTOR * v, _WORDS), twice[v]), addend) for v in range(SHAPE.vectors)])
     _put_out(b, sums, *after)
     return context.get_dummy_value()
 
@@ -205,7 +202,7 @@ def _put_out(
                 _load(b, channels, 4 * SHAPE.channels * row + place, _FLOATS, 4) for row in Row
             )
             y = b.fadd(b.fmul(b.sitofp(b.trunc(sums[p][v], narrow), _FLOATS), factor), summand)
-            y = _if(b, has_residual, y, lambda y=y: b.fadd(y, _load(b, _load_word(b, residuals, p), place, _FLOATS, 4)))
+            y = _with_residual(b, y, has_residual, b.add(residuals, _number(_WORD * p)), place)
             y = b.fadd(b.select(b.fcmp_ordered(">", y, _zero(_FLOATS)), y, b.fmul(y, slope)), last)
             with b.if_then(has_output):
                 _store(b, y, b.add(_load_word(b, outputs, p), _number(place)))
@@ -214,15 +211,16 @@ def _put_out(
             _store(b, _as_bits(b, above), _load_word(b, bits, p))
 
 
-def _if(b: ir.IRBuilder, condition: ir.Value, otherwise: ir.Value, then: Any) -> ir.Value:
+def _with_residual(b: ir.IRBuilder, y: ir.Value, is_there: ir.Value, address: ir.Value, place: int) -> ir.Value:
+    """Return y and, where there is a residual, what lies that many bytes behind the address at an address."""
     before = b.block
-    with b.if_then(condition):
-        value = then()
+    with b.if_then(is_there):
+        added = b.fadd(y, _load(b, _load_word(b, address, 0), place, _FLOATS, 4))
         inside = b.block
-    merged = b.phi(otherwise.type)
-    merged.add_incoming(otherwise, before)
-    merged.add_incoming(value, inside)
-    return merged
+    result = b.phi(_FLOATS)
+    result.add_incoming(y, before)
+    result.add_incoming(added, inside)
+    return result
 
 
 def _as_bits(b: ir.IRBuilder, flags: list[ir.Value]) -> ir.Value:
@@ -264,4 +262,6 @@ def _store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
 
 def _splat(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
     first = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
-    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+    return b.shuffle_vector(
+        first, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+    )

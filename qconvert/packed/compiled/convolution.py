@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from .layout import Row
+from ..layout import Row
 from .memory import copy_float, next_number, read_word
 from .tile import SHAPE, tile
 
@@ -67,8 +67,8 @@ TABLE_BYTES = 4 * len(Row) * CHANNELS
 """Of a block."""
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
-def _aim(a, told, first_position, block):  # type: ignore[no-untyped-def]  # compiled
+@njit(cache=True, inline="always")
+def _aim(a, told, first_position, block):
     """Tell a tile where its positions read and write."""
     groups, channels = a[Argument.GROUPS], a[Argument.GROUP_CHANNELS]
     group, in_group = block // a[Argument.BLOCKS], CHANNELS * (block % a[Argument.BLOCKS])
@@ -85,8 +85,8 @@ def _aim(a, told, first_position, block):  # type: ignore[no-untyped-def]  # com
             told[BITS, p] = a[Argument.BITS] + read_word(a[Argument.BIT_OFFSETS] + 8 * position) + in_group // 8
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
-def _copy(sources, targets, count):  # type: ignore[no-untyped-def]  # compiled
+@njit(cache=True, inline="always")
+def _copy(sources, targets, count):
     """Copy that many float32 for each position of a tile."""
     for p in range(POSITIONS):
         for c in range(count):
@@ -98,7 +98,7 @@ def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def worker(pointer):  # type: ignore[no-untyped-def]  # compiled
+    def worker(pointer):
         a = carray(pointer, ARGUMENTS)
         positions, tiles = a[Argument.POSITION_COUNT], a[Argument.TILES]
         pieces = (positions + tiles * POSITIONS - 1) // (tiles * POSITIONS)
@@ -108,10 +108,8 @@ def compiled() -> Any:
         for row in range(2):
             for p in range(POSITIONS):
                 spared[row, p] = spare[row, p].ctypes.data
-        while True:
-            piece = next_number(a.ctypes.data)
-            if piece >= pieces * a[Argument.GROUPS] * a[Argument.BLOCKS]:
-                break
+        piece = next_number(a.ctypes.data)
+        while piece < pieces * a[Argument.GROUPS] * a[Argument.BLOCKS]:
             block, first = piece // pieces, piece % pieces * tiles * POSITIONS  # a block's weights stay in the cache
             present = a[Argument.GROUP_CHANNELS] - CHANNELS * (block % a[Argument.BLOCKS])
             for position in range(first, min(first + tiles * POSITIONS, positions), POSITIONS):
@@ -137,5 +135,6 @@ def compiled() -> Any:
                 )
                 if present < CHANNELS and a[Argument.OUTPUT] != 0:
                     _copy(outputs, told[OUTPUT], present)
+            piece = next_number(a.ctypes.data)
 
     return worker

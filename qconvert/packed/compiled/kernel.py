@@ -7,15 +7,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..geometry import Geometry
+from ..layout import pairs, runs
 from . import bits as packing
-from . import convolve as convolving
+from . import convolution as convolving
 from . import sums as summing
-from .convolve import CHANNELS as CHANNELS
-from .convolve import POSITIONS
-from .geometry import Geometry
-from .layout import pairs, runs
+from .convolution import CHANNELS, POSITIONS
 from .openmp import run
 from .tile import SHAPE
+
+BLOCK = CHANNELS
+"""Output channels that are computed together."""
 
 _PIECES_PER_THREAD = 4
 """Pieces of work: more than threads, which may not all be as fast, and few, for each costs a little."""
@@ -54,7 +56,7 @@ def convolve(
     *,
     has_values: bool,
     following: Geometry | None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> list[Tensor]:
     """Return outputs, their bits for the layer that follows, or both, see `qconvert::packed_conv3d`."""
     place = convolving.Argument
     a = np.zeros(len(place), np.int64)
@@ -69,20 +71,22 @@ def convolve(
     a[place.ADDENDS] = 0 if addends is None else addends.data_ptr()
     a[place.GROUPS], a[place.BLOCKS], a[place.GROUP_CHANNELS] = groups, len(weight) // groups, channels // groups
     a[place.GROUP_BYTES] = geometry.words * words.itemsize
-    values = bits = None
+    found: list[Tensor] = []
     if residual is not None:
         residual = residual.permute(0, 2, 3, 4, 1).contiguous()
         a[place.RESIDUAL] = residual.data_ptr()
     if has_values:
         values = words.new_empty((geometry.batch, *geometry.outputs, channels), dtype=torch.float32)
         a[place.OUTPUT] = values.data_ptr()
+        found.append(values.permute(0, 4, 1, 2, 3))
     if following is not None:
         bits = words.new_zeros((1, following.batch, *following.padded, 1, following.words))
         a[place.BITS], a[place.BIT_OFFSETS] = bits.data_ptr(), following.inner.ctypes.data
+        found.append(bits)
     tiles = -(-count // POSITIONS)
     a[place.TILES] = max(1, tiles * len(weight) // (torch.get_num_threads() * _PIECES_PER_THREAD * len(weight)))
     run(convolving.compiled().address, a)
-    return None if values is None else values.permute(0, 4, 1, 2, 3), bits
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -39,14 +39,14 @@ def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def worker(pointer):  # type: ignore[no-untyped-def]  # compiled
+    def worker(pointer):
         a = carray(pointer, ARGUMENTS)
-        while True:
-            position = next_number(a.ctypes.data)
-            if position >= a[Argument.POSITION_COUNT]:
-                break
+        position = next_number(a.ctypes.data)
+        while position < a[Argument.POSITION_COUNT]:
             for group in range(a[Argument.GROUPS]):
-                start = a[Argument.X] + read_word(a[Argument.POSITION_OFFSETS] + 8 * position) + group * a[Argument.GROUP_BYTES]
+                start = (
+                    a[Argument.X] + read_word(a[Argument.POSITION_OFFSETS] + 8 * position) + group * a[Argument.GROUP_BYTES]
+                )
                 total = 0
                 for plane in range(a[Argument.PLANES]):
                     count = 0
@@ -54,5 +54,6 @@ def compiled() -> Any:
                         count += count_bits(start + plane * a[Argument.PLANE_BYTES] + read_word(a[Argument.TAPS] + 8 * tap))
                     total += count << plane
                 write_word(a[Argument.OUTPUT] + 8 * (position * a[Argument.GROUPS] + group), total)
+            position = next_number(a.ctypes.data)
 
     return worker

@@ -6,18 +6,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .codes import WORD
+from ..codes import PIECE, WORD
 from .memory import copy_float, next_number, read_word, write_word
-
-PIECE = 16
-"""Channels that are compared at once."""
-
-PIECES = WORD // PIECE
-"""In a word."""
 
 _FLOATS, _INTS = ir.VectorType(ir.FloatType(), PIECE), ir.VectorType(ir.IntType(32), PIECE)
 
@@ -43,7 +37,8 @@ def codes(typing_context: Any, values: Any, thresholds: Any, spreads: Any, setti
     Args:
         typing_context: numba's.
         values: the values.
-        thresholds, spreads: float32, one for each value.
+        thresholds: float32, one for each value.
+        spreads: float32, one for each value.
         settings: divisor, factor, lowest, highest: float32.
         out: where the codes go.
     """
@@ -71,7 +66,9 @@ def plane(typing_context: Any, codes: Any, bit: Any) -> Any:
         address, bit = arguments
         value = b.load(b.inttoptr(address, _INTS.as_pointer()))
         value.align = 4
-        first = b.insert_element(ir.Constant(_INTS, ir.Undefined), b.trunc(bit, ir.IntType(32)), ir.Constant(ir.IntType(32), 0))
+        first = b.insert_element(
+            ir.Constant(_INTS, ir.Undefined), b.trunc(bit, ir.IntType(32)), ir.Constant(ir.IntType(32), 0)
+        )
         shifts = b.shuffle_vector(first, ir.Constant(_INTS, ir.Undefined), ir.Constant(_INTS, [0] * PIECE))
         flags = b.trunc(b.lshr(value, shifts), ir.VectorType(ir.IntType(1), PIECE))
         return b.zext(b.bitcast(flags, ir.IntType(PIECE)), ir.IntType(64))
@@ -121,45 +118,52 @@ class Argument(IntEnum):
 ARGUMENTS = len(Argument)
 
 
+@njit(cache=True, inline="always")
+def _pack_word(a, values, table, present, spare, found, bits):
+    """Set the bits of a word, one word for each plane, from at most 64 values of a position.
+
+    A last piece that is not whole is copied to where the rest of it is so low that its bits are 0.
+    """
+    bits[:] = 0
+    for piece in range((present + PIECE - 1) // PIECE):
+        first = PIECE * piece
+        at = values + 4 * first
+        if present - first < PIECE:
+            for c in range(present - first):
+                copy_float(at + 4 * c, spare.ctypes.data + 4 * c)
+            at = spare.ctypes.data
+        thresholds, spreads = a[Argument.THRESHOLDS] + table + 4 * first, a[Argument.SPREADS] + table + 4 * first
+        if a[Argument.SETTINGS] == 0:
+            bits[0] |= signs(at, thresholds) << first
+        else:
+            codes(at, thresholds, spreads, a[Argument.SETTINGS], found.ctypes.data)
+            for p in range(bits.size):
+                bits[p] |= plane(found.ctypes.data, p) << first
+
+
 @cache
 def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def worker(pointer):  # type: ignore[no-untyped-def]  # compiled
+    def worker(pointer):
         a = carray(pointer, ARGUMENTS)
-        channels, planes, settings = a[Argument.GROUP_CHANNELS], a[Argument.PLANES], a[Argument.SETTINGS]
-        words, pieces = (channels + WORD - 1) // WORD, (channels + PIECE - 1) // PIECE
-        spare = np.full(PIECE, -np.inf, np.float32)  # the last piece, where it is not whole: the other bits are 0
-        found = np.zeros(PIECE, np.int32)
-        word_bits = np.zeros(planes, np.int64)
-        while True:
-            row = next_number(a.ctypes.data)
-            if row >= a[Argument.ROWS]:
-                break
+        channels = a[Argument.GROUP_CHANNELS]
+        of_group = 4 * PIECE * ((channels + PIECE - 1) // PIECE)
+        spare, found = np.full(PIECE, -np.inf, np.float32), np.zeros(PIECE, np.int32)
+        bits = np.zeros(a[Argument.PLANES], np.int64)
+        row = next_number(a.ctypes.data)
+        while row < a[Argument.ROWS]:
             x = a[Argument.X] + 4 * row * a[Argument.WIDTH] * a[Argument.GROUPS] * channels
             out = a[Argument.OUTPUT] + read_word(a[Argument.ROW_OFFSETS] + 8 * row)
             for place in range(a[Argument.WIDTH] * a[Argument.GROUPS]):
-                table = 4 * PIECE * pieces * (place % a[Argument.GROUPS])
-                thresholds, spreads = a[Argument.THRESHOLDS] + table, a[Argument.SPREADS] + table
-                for word in range(words):
-                    word_bits[:] = 0
-                    for piece in range(word * PIECES, min((word + 1) * PIECES, pieces)):
-                        values, shift = x + 4 * PIECE * piece, PIECE * (piece - word * PIECES)
-                        if channels - PIECE * piece < PIECE:
-                            for c in range(channels - PIECE * piece):
-                                copy_float(values + 4 * c, spare.ctypes.data + 4 * c)
-                            values = spare.ctypes.data
-                        if settings == 0:
-                            word_bits[0] |= signs(values, thresholds + 4 * PIECE * piece) << shift
-                        else:
-                            of_piece = 4 * PIECE * piece
-                            codes(values, thresholds + of_piece, spreads + of_piece, settings, found.ctypes.data)
-                            for p in range(planes):
-                                word_bits[p] |= plane(found.ctypes.data, p) << shift
-                    for p in range(planes):
-                        write_word(out + p * a[Argument.PLANE_BYTES], word_bits[p])
+                table = of_group * (place % a[Argument.GROUPS])
+                for first in range(0, channels, WORD):
+                    _pack_word(a, x + 4 * first, table + 4 * first, min(WORD, channels - first), spare, found, bits)
+                    for p in range(bits.size):
+                        write_word(out + p * a[Argument.PLANE_BYTES], bits[p])
                     out += 8
                 x += 4 * channels
+            row = next_number(a.ctypes.data)
 
     return worker
