@@ -19,7 +19,7 @@ from .packed.bit_conv import BitConv3d
 from .pictures import new_figure, write
 from .pipeline import RulesLike, binarize, check_rules
 from .report.document import Document
-from .report.table import Measure, Table
+from .report.table import Cell, Measure, Table
 from .trace import copied, unwrapped
 
 FLOAT, PACKED = "float32", "packed"
@@ -95,19 +95,19 @@ class Benchmark(Document):
     def layer_table(self) -> Table:
         """Return one row per packed layer."""
         headers = ("layer", "precision", "float32 ms", "packed ms", "measured", "counted")
-        rows = (
+        rows: list[tuple[Cell, ...]] = [
             (each.name, each.precision, Measure(each.float_milliseconds), Measure(each.packed_milliseconds),
              Measure(each.measured), Measure(each.counted))
             for each in self.layers
-        )  # fmt: skip
+        ]  # fmt: skip
         return Table(headers, tuple(rows))
 
     def tables(self) -> tuple[Table, ...]:
         """Return the whole model, and the layers."""
-        rows = (
+        rows: list[tuple[Cell, ...]] = [
             (each.name, *map(Measure, (each.milliseconds, each.fastest, each.slowest, each.speedup)))
             for each in self.timings
-        )
+        ]
         whole = Table(("model", "ms", "fastest", "slowest", "x float32"), tuple(rows))
         return (whole, self.layer_table()) if self.layers else (whole,)
 
