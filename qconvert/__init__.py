@@ -5,7 +5,6 @@
 """
 
 from . import train
-from .benchmark import Benchmark, benchmark
 from .diagnosis import Diagnosis, diagnose
 from .errors import ConstantInputWarning, InputError, ModelError, QConvertError, QuantizerError, RuleError
 from .layers import QActivation, QConv3d, QConv3d_NoAct
@@ -13,6 +12,7 @@ from .packed import PackedFile, load, pack, save
 from .pipeline import binarize, plan, preview
 from .report import Profile, Report, compare, profile
 from .rules import Plan, Rules, bundled_rules, load_rules
+from .timing import Benchmark, benchmark
 from .trace import Traced, trace
 
 __version__ = "0.1.0"

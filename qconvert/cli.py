@@ -11,7 +11,6 @@ import torch
 import typer
 
 from . import __version__
-from .benchmark import Benchmark, benchmark
 from .demo import run_demo
 from .errors import InputError, QConvertError, RuleError, did_you_mean
 from .loading import build_model, load_checkpoint, save_weights
@@ -25,6 +24,7 @@ from .rules import bundled_rules
 from .starter import starting_rules
 from .tables import RuleFile
 from .tasks.run import evaluate_task, train_task
+from .timing import Benchmark, benchmark
 
 app = typer.Typer(
     help="Convert pretrained video and volumetric PyTorch models to binary and low-bit ones.",

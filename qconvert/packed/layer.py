@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import InputError, ModelError
 from ..layers import QActivation, QConv3d
 from ..layers.padding import padding_amounts
 from ..layers.qconv3d import per_channel
@@ -49,6 +49,7 @@ class PackedConv3d(nn.Module):
 
     weight: Tensor
     table: Tensor
+    float_table: Tensor
     base: Tensor
     tap_sums: Tensor | None
     thresholds: Tensor
@@ -64,6 +65,8 @@ class PackedConv3d(nn.Module):
         self.border = padding_amounts(layer.padding, layer.kernel_size, layer.dilation) if is_filled else [0] * 6
         self._window = Window.of(self.kernel_size, self.stride, self.border, self.dilation)
         self._products = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        self.register_buffer("table", None)
+        self.register_buffer("float_table", None)
         self.following: list[int] | None = None
         self.has_values = True
         self.takes_in: list[str] = []
@@ -120,7 +123,7 @@ class PackedConv3d(nn.Module):
 
     def finish(self) -> None:
         """Let the epilogue take effect."""
-        self._set_table(self.epilogue.rows())
+        self.float_table = self.table = self._table(self.epilogue.rows())
 
     @property
     def reads_signs(self) -> bool:
@@ -136,13 +139,14 @@ class PackedConv3d(nn.Module):
             # the sums are whole numbers of at most that magnitude, and nothing else is wanted of them
             rows[Row.FACTOR], rows[Row.THRESHOLD] = self.epilogue.whole_thresholds(thresholds, self._products)
             rows[Row.SUMMAND], rows[Row.SLOPE], rows[Row.LAST] = 0.0, 1.0, 0.0
-        self._set_table(rows)
+        self.table = self._table(rows)
 
-    def _set_table(self, rows: Tensor) -> None:
+    def _table(self, rows: Tensor) -> Tensor:
+        """Return rows (5, O) as [group, block][row][channel]."""
         blocked = by_block(rows.numpy(), self.groups, BLOCK)
         # no channel of a block that is none of the layer's has a bit
         blocked[Row.THRESHOLD] = by_block(rows[Row.THRESHOLD].numpy(), self.groups, BLOCK, fill=math.inf)
-        self.register_buffer("table", torch.from_numpy(np.ascontiguousarray(blocked.swapaxes(0, 1))))
+        return torch.from_numpy(np.ascontiguousarray(blocked.swapaxes(0, 1)))
 
     def _base(self, sums: NDArray[Any]) -> Any:
         """Return what twice a count is taken from, see layout.py: twice, because ``s s' = 1 - 2 (bits differ)``."""
@@ -151,31 +155,32 @@ class PackedConv3d(nn.Module):
         return self._products * of_input * (of_weight - weight_centre) + input_centre * sums
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """Return the output: floats, packed codes for the layer that follows, or both."""
-        if x.dim() == _SINGLE:
-            return self(x[None], None if residual is None else residual[None])[0]
-        words = x if x.dtype == torch.int64 else self.pack(x)
-        residual = x if self._adds_input else residual
-        if residual is not None and residual.shape != (
-            len(x),
-            self.out_channels,
-            *self._window.outputs_of(words.shape[2:5]),
-        ):
-            return self._with_broadcast(words, residual)
-        found = self._convolve(words, self.table, residual, has_values=self.has_values, following=self.following)
-        return found[0] if len(found) == 1 else found
+        """Return the output: floats, packed codes for the layer that follows, or both.
 
-    def _with_broadcast(self, words: Tensor, residual: Tensor) -> Any:
-        """Return the output where adding the residual changes shapes: the layer behind it, too, takes floats then."""
-        table = self.table.clone()
+        Without a batch, and where adding the residual changes shapes, floats come in the place of the codes, too.
+        """
+        is_single = x.dim() == _SINGLE
+        batch = x[None] if is_single else x
+        words = batch if x.dtype == torch.int64 else self.pack(batch)
+        residual = x if self._adds_input else residual
+        size = (words.shape[1], self.out_channels, *self._window.outputs_of(words.shape[2:5]))
+        if not is_single and (residual is None or residual.shape == size):
+            found = self._convolve(words, self.table, residual, has_values=self.has_values, following=self.following)
+            return found[0] if len(found) == 1 else found
+        values = self._in_floats(words, residual, is_single=is_single)
+        return [values, values] if self.has_values and self.following is not None else values
+
+    def _in_floats(self, words: Tensor, residual: Tensor | None, *, is_single: bool) -> Tensor:
+        if residual is None:
+            (values,) = self._convolve(words, self.float_table, None, has_values=True, following=None)
+            return values[0] if is_single else values
+        table = self.float_table.clone()
         table[:, Row.SLOPE], table[:, Row.LAST] = 1.0, 0.0
         (values,) = self._convolve(words, table, None, has_values=True, following=None)
-        _, _, slope, last, _ = (
-            row.view(-1, 1, 1, 1) for row in by_channel(self.table.movedim(1, 0), self.groups, self.out_channels)
-        )
-        values = values + residual
-        values = torch.where(values > 0, values, values * slope) + last
-        return [values, values] if self.has_values and self.following is not None else values
+        rows = by_channel(self.float_table.movedim(1, 0), self.groups, self.out_channels)
+        slope, last = (rows[row].view(-1, 1, 1, 1) for row in (Row.SLOPE, Row.LAST))
+        values = (values[0] if is_single else values) + residual
+        return torch.where(values > 0, values, values * slope) + last
 
     def _convolve(
         self, words: Tensor, table: Tensor, residual: Tensor | None, *, has_values: bool, following: list[int] | None
@@ -202,7 +207,14 @@ class PackedConv3d(nn.Module):
         return found
 
     def pack(self, x: Tensor) -> Tensor:
-        """Return the packed codes of a float input, shape (N, C, D, H, W)."""
+        """Return the packed codes of a float input, shape (N, C, D, H, W).
+
+        Raises:
+            InputError: for another number of channels.
+        """
+        if x.dim() != _SINGLE + 1 or x.shape[1] != self.in_channels:
+            expected = f"(N, {self.in_channels}, D, H, W) or ({self.in_channels}, D, H, W)"
+            raise InputError(f"a packed convolution expects an input of shape {expected}, got {tuple(x.shape)}")
         if self.padding_mode != "zeros":
             x = F.pad(x, self._fill, mode=self.padding_mode)
         words: Tensor = pack_bits(
@@ -219,7 +231,10 @@ class PackedConv3d(nn.Module):
             self._blocked(by_channel(self.weight.movedim(1, 0), self.groups, self.out_channels)).movedim(0, 1).contiguous()
         )
         self.base = self._blocked(by_channel(self.base, self.groups, self.out_channels))
-        self._set_table(by_channel(self.table.movedim(1, 0), self.groups, self.out_channels))
+        self.table, self.float_table = (
+            self._table(by_channel(each.movedim(1, 0), self.groups, self.out_channels))
+            for each in (self.table, self.float_table)
+        )
 
     def _blocked(self, values: Tensor) -> Tensor:
         return torch.from_numpy(by_block(values.numpy(), self.groups, BLOCK))

@@ -56,6 +56,9 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
     opaque = fuse(packed, folds_floats=dtype is not None)
     if dtype is not None:
         _cast_floats(packed, dtype)
+    for layer in names:
+        if isinstance(layer, BitConv3d):
+            del layer.packed.epilogue
     layers = tuple(_described(names[layer], layer, precisions[layer], reason) for layer, reason in reasons.items())
     difference = None if example_inputs is None else _difference(plain, packed, example_inputs)
     summary = Summary(layers, opaque, operators.is_compiled(), difference)

@@ -379,6 +379,29 @@ def test_float_convolutions_run_in_another_dtype() -> None:
     assert (in_float(x) - model(x)).abs().mean() < 1e-2 * model(x).abs().mean()
 
 
+def test_without_a_batch_or_with_an_empty_one_it_runs_as_before() -> None:
+    model = converted(nn.Sequential(Between(nn.BatchNorm3d(64, affine=False)).first, nn.ReLU(), nn.Conv3d(64, 64, 3)))
+    packed = pack(model)
+    assert given(packed)[0] == (("ReLU",), "bits")
+    x = clip()
+    assert_same(packed, model, x[0])
+    assert_same(packed, model, x[:0])
+
+
+def test_half_precision_comes_in_and_goes_around() -> None:
+    model, x = converted(Block()), clip()
+    packed = pack(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found, expected = packed(x.bfloat16()), packed(x.bfloat16().float())
+    assert torch.equal(found, expected)
+
+
+def test_another_number_of_channels_is_an_error() -> None:
+    packed = pack(converted(Block()))
+    with pytest.raises(InputError, match=r"expects an input of shape \(N, 64, D, H, W\) .*, got \(2, 63, 3, 6, 5\)"):
+        packed(clip(63))
+
+
 def test_what_cannot_be_packed_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"no layer of this model is a QConv3d: pack a model that qconvert\.binarize"):
         pack(Block())

@@ -73,7 +73,7 @@ def convolve(
     a[place.GROUP_BYTES] = geometry.words * words.itemsize
     found: list[Tensor] = []
     if residual is not None:
-        residual = residual.permute(0, 2, 3, 4, 1).contiguous()
+        residual = residual.float().permute(0, 2, 3, 4, 1).contiguous()
         a[place.RESIDUAL] = residual.data_ptr()
     if has_values:
         values = words.new_empty((geometry.batch, *geometry.outputs, channels), dtype=torch.float32)

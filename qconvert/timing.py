@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -177,7 +179,7 @@ def benchmark(
     }
     if compiled:
         ways["float32, compiled"] = _run_of(torch.compile(original), inputs)  # type: ignore[arg-type]  # a module
-    times = _interleaved(ways, rounds)
+    times = _interleaved(ways, rounds, "Models")
     return Benchmark(_timings(times), _layers(original, packed, inputs, rounds), torch.get_num_threads(), rounds)
 
 
@@ -201,15 +203,15 @@ def _in_bfloat16(run: Callable[[], object]) -> Callable[[], object]:
 
 
 @torch.inference_mode()
-def _interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the milliseconds of each way in each round."""
+def _interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, label: str) -> dict[str, list[float]]:
+    """Return the milliseconds of each way in each round, and show the progress under a label."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(_WARM_UPS + rounds):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            if number >= _WARM_UPS:
-                times[name].append(1000 * (time.perf_counter() - start))
+    turns = [(number, name) for number in range(_WARM_UPS + rounds) for name in ways]
+    for number, name in track(turns, label, console=Console(stderr=True), transient=True):
+        start = time.perf_counter()
+        ways[name]()
+        if number >= _WARM_UPS:
+            times[name].append(1000 * (time.perf_counter() - start))
     return times
 
 
@@ -248,7 +250,7 @@ def _keep(seen: dict[str, Tensor], name: str, layer: nn.Module, inputs: tuple[Te
 
 def _layer(name: str, layer: BitConv3d, conv: nn.Module, x: Tensor, rounds: int) -> LayerTiming:
     last = x.contiguous(memory_format=torch.channels_last_3d) if x.dim() == _BATCHED else x
-    times = _interleaved({FLOAT: partial(conv, x), PACKED: partial(layer.packed, last)}, rounds)
+    times = _interleaved({FLOAT: partial(conv, x), PACKED: partial(layer.packed, last)}, rounds, name)
     of_input, of_weight = layer.packed.planes
     return LayerTiming(
         name,
