@@ -49,6 +49,8 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
     names = {layer: name for name, layer in packed.named_modules() if isinstance(layer, QConv3d_NoAct)}
     precisions = {layer: _precision(layer) for layer in names}
     reasons = {layer: no_packing(layer) for layer in names}
+    if operators.kernel is not None:
+        operators.kernel.prepare()
     keeps_weights = _reads_weights(packed)
     for layer, reason in reasons.items():
         if reason is None and isinstance(layer, QConv3d):

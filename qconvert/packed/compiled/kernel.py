@@ -1,10 +1,11 @@
 """The compiled workers, called with tensors: numba is needed from here on."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from ..geometry import Geometry
@@ -21,6 +22,14 @@ BLOCK = CHANNELS
 
 _PIECES_PER_THREAD = 4
 """Pieces of work: more than threads, which may not all be as fast, and few, for each costs a little."""
+
+
+@cache
+def prepare() -> None:
+    """Compile the workers, or read them from numba's cache, before they are first called; a line says so meanwhile."""
+    with Console(stderr=True).status("Compiling the kernel of packed layers, once for this machine"):
+        for worker in (packing, convolving, summing):
+            worker.compiled()
 
 
 def pack(
