@@ -53,7 +53,7 @@ def runs(input_planes: int, weight_planes: int, words: int, longest: int) -> NDA
     for _, of_level in pairs(input_planes, weight_planes):
         end = start + words * len(of_level)
         ends = [*range(start + longest, end, longest), end] if longest else [end]
-        found += [(each, int(start > 0 and index == 0)) for index, each in enumerate(ends)]
+        found += [(each, int(index == 0)) for index, each in enumerate(ends)]
         start = end
     return np.array(found, np.int64)
 

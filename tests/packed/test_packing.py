@@ -176,7 +176,8 @@ class Written(nn.Module):
 
     def __init__(self, forward: Any) -> None:
         super().__init__()
-        self.conv, self.other, self.norm = nn.Conv3d(64, 64, 3, padding=1), nn.Conv3d(64, 64, 1), nn.BatchNorm3d(64)
+        self.conv, self.norm = nn.Conv3d(64, 64, 3, padding=1), nn.BatchNorm3d(64)
+        self.other, self.third = nn.Conv3d(64, 64, 1), nn.Conv3d(64, 64, 1)
         self.code = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,9 +248,21 @@ def same_as_residual(m: Any, x: Tensor) -> Tensor:
     return m.other(y) + y
 
 
+def add_to_what_a_view_shows(m: Any, x: Tensor) -> Tensor:
+    z = x * 2
+    view = z[:, :32]
+    z += m.conv(z)
+    return z[:, :32] + view
+
+
+def two_packed_readers(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.conv(x))
+    return m.other(y) + m.third(y)
+
+
 FORWARDS = [
     add_in_place, add_to_the_argument, add_number, add_to_itself, add_with_factor, add_two, add_three, add_wider,
-    add_narrower, twice, read_twice, norm_twice, two_readers, same_as_residual,
+    add_narrower, add_to_what_a_view_shows, two_packed_readers, twice, read_twice, norm_twice, two_readers, same_as_residual,
 ]  # fmt: skip
 
 
