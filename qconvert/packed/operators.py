@@ -28,8 +28,11 @@ BLOCK = 32 if kernel is None else kernel.BLOCK
 
 
 def is_compiled() -> bool:
-    """Whether the operators run compiled: whether numba is installed."""
-    return kernel is not None
+    """Whether the operators run compiled: whether numba is installed. If so, their kernel is ready from here on."""
+    if kernel is None:
+        return False
+    kernel.prepare()
+    return True
 
 
 def _pack_bits(

@@ -49,8 +49,7 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
     names = {layer: name for name, layer in packed.named_modules() if isinstance(layer, QConv3d_NoAct)}
     precisions = {layer: _precision(layer) for layer in names}
     reasons = {layer: no_packing(layer) for layer in names}
-    if operators.kernel is not None:
-        operators.kernel.prepare()
+    is_compiled = operators.is_compiled()
     keeps_weights = _reads_weights(packed)
     for layer, reason in reasons.items():
         if reason is None and isinstance(layer, QConv3d):
@@ -63,7 +62,7 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
             del layer.packed.epilogue
     layers = tuple(_described(names[layer], layer, precisions[layer], reason) for layer, reason in reasons.items())
     difference = None if example_inputs is None else _difference(plain, packed, example_inputs)
-    summary = Summary(layers, opaque, operators.is_compiled(), difference)
+    summary = Summary(layers, opaque, is_compiled, difference)
     vars(packed)["summary"] = partial(_this, summary)
     return packed
 
