@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench bench-conversion bench-step bench-shots bench-digits zoo docs clean
+.PHONY: demo test fuzz bench bench-conversion bench-step bench-shots bench-digits zoo docs clean
 
 demo: $(VENV)/.demo ## convert the pretrained TransNetV2 and run it on its own video
 	$(BIN)/qconvert demo
@@ -14,6 +14,9 @@ test: $(VENV)/.test ## lint, types, documentation and every test
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto
+
+fuzz: $(VENV)/.test ## bad packed files, made by atheris with a look at the code that they reach: two minutes
+	$(BIN)/python tests/fuzz_packed_file.py -max_total_time=120 -rss_limit_mb=4096
 
 bench: bench-conversion bench-step ## speed and memory, as ratios measured side by side (`make -k`: both, even if a bar is missed)
 

@@ -184,8 +184,11 @@ def _autocast(enabled: bool) -> Iterator[None]:
 
 
 def _trial(module: nn.Module) -> nn.Module:
-    """Return a copy that shares children, Parameters and buffers, and has no hooks: they are not called by a forward."""
-    memo: dict[int, Any] = {id(each): each for each in (*module.children(), *module.parameters(), *module.buffers())}
+    """Return a copy that shares children and Parameters, and has no hooks: they are not called by a forward.
+
+    Buffers are its own: a forward may write to one by a name that fx does not know.
+    """
+    memo: dict[int, Any] = {id(each): each for each in (*module.children(), *module.parameters())}
     for key, value in vars(module).items():
         if key.endswith("_hooks"):
             memo[id(value)] = type(value)()

@@ -14,6 +14,7 @@ from . import __version__
 from .demo import run_demo
 from .errors import InputError, QConvertError, RuleError, did_you_mean
 from .loading import build_model, load_checkpoint, save_weights
+from .packed import save
 from .pipeline import binarize as binarize_model
 from .pipeline import check_rules, preview
 from .pipeline import plan as plan_model
@@ -23,6 +24,7 @@ from .rules import bundled_rules
 from .starter import starting_rules
 from .tables import RuleFile
 from .tasks.run import evaluate_task, train_task
+from .timing import Benchmark, benchmark
 
 app = typer.Typer(
     help="Convert pretrained video and volumetric PyTorch models to binary and low-bit ones.",
@@ -52,18 +54,24 @@ def binarize(
     checkpoint: Checkpoint = None,
     settings: Settings = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the weights as .safetensors.")] = None,
+    packed: Annotated[Path | None, typer.Option(help="Write a packed file, for qconvert.load, as .safetensors.")] = None,
     report: ReportFile = None,
 ) -> None:
     """Convert a model by rules and report what that does to parameter bits and FLOPs."""
-    _check_suffix(output, (".safetensors",))
+    for path in (output, packed):
+        _check_suffix(path, (".safetensors",))
     _check_suffix(report, tuple(_FORMATS))
     source = _model(model, settings, checkpoint)
     changes = preview(source, rules, _inputs(input))
     typer.echo(changes.to_text())
     if report is not None:
         _write(changes, report)
+    if output is None and packed is None:
+        return
+    converted = binarize_model(source, rules, inplace=True, report=False)
+    if packed is not None:
+        typer.echo(f"packed file written to {packed}: {save(converted, packed).file_bytes} bytes, for qconvert.load")
     if output is not None:
-        converted = binarize_model(source, rules, inplace=True, report=False)
         save_weights(converted, output, {"qconvert": __version__, "rules": rules})
         typer.echo(f"weights written to {output}: load them into binarize({model}(...), {rules!r})")
 
@@ -88,6 +96,30 @@ def profile(
     typer.echo(costs.to_text())
     if report is not None:
         _write(costs, report)
+
+
+@app.command()
+def bench(
+    model: Model,
+    rules: RulesName = "default",
+    input: Input = None,  # noqa: A002 (the option's name)
+    checkpoint: Checkpoint = None,
+    settings: Settings = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each model runs.")] = 9,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Measure float32 under torch.compile, too.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times as .png, .svg or .pdf.")] = None,
+    report: ReportFile = None,
+) -> None:
+    """Measure the model in float, converted and packed, side by side on this machine."""
+    _check_suffix(plot, _PICTURES)
+    _check_suffix(report, tuple(suffix for suffix, method in _FORMATS.items() if hasattr(Benchmark, method)))
+    source = _model(model, settings, checkpoint)
+    measured = benchmark(source, rules, _inputs(input), rounds=rounds, compiled=compiled)
+    typer.echo(measured.to_text())
+    if plot is not None:
+        measured.draw(plot)
+    if report is not None:
+        _write(measured, report)
 
 
 @app.command()
@@ -116,7 +148,7 @@ def train(
     plot: Annotated[Path | None, typer.Option(help="Draw the loss as .png, .svg or .pdf.")] = None,
 ) -> None:
     """Convert the float model of a bundled task, train it, and measure both. Ctrl-C leaves a checkpoint to go on from."""
-    _check_suffix(plot, (".png", ".svg", ".pdf"))
+    _check_suffix(plot, _PICTURES)
     reached_end = train_task(task, rules, output, steps=steps, seed=seed, resume=resume, plot=plot, say=typer.echo)
     if not reached_end:
         sys.exit(128 + signal.SIGINT)
@@ -170,6 +202,7 @@ def schema() -> None:
     typer.echo(json.dumps(RuleFile.model_json_schema(), indent=2))
 
 
+_PICTURES = (".png", ".svg", ".pdf")
 _FORMATS = {".html": "to_html", ".json": "to_json", ".md": "to_markdown", ".csv": "to_csv", ".txt": "to_text"}
 
 
@@ -181,7 +214,7 @@ def _check_suffix(path: Path | None, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{path}: there is no folder {path.parent}")
 
 
-def _write(document: Report | Profile, path: Path) -> None:
+def _write(document: Report | Profile | Benchmark, path: Path) -> None:
     try:
         path.write_text(getattr(document, _FORMATS[path.suffix])(), encoding="utf-8")
     except OSError as error:

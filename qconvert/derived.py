@@ -62,3 +62,8 @@ def below_parametrizations(module: nn.Module, change: Callable[[Any], Any]) -> A
         return change(top)
     below = change(top.__bases__[0])
     return _new(f"Parametrized{below.__name__}", (below,), dict(vars(top)))
+
+
+def is_the_users(cls: type) -> bool:
+    """Whether a class is none of those that exist only in memory, here or in torch's parametrizations."""
+    return cls is not _Silent and _Silent not in cls.__bases__ and cls.__module__ != parametrize.__name__

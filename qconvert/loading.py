@@ -103,9 +103,9 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     present = {expected[key].data_ptr() for key in expected.keys() & weights.keys()}
     missing = {key for key in expected.keys() - weights.keys() if expected[key].data_ptr() not in present}
     problems = [
-        *_listed("missing", missing),
-        *_listed("unexpected", weights.keys() - expected.keys()),
-        *_listed(
+        *listed("missing", missing),
+        *listed("unexpected", weights.keys() - expected.keys()),
+        *listed(
             "of another shape",
             {
                 f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
@@ -119,7 +119,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights, strict=False)  # every name was compared above
 
 
-def _listed(what: str, names: set[str], most: int = 3) -> list[str]:
+def listed(what: str, names: set[str], most: int = 3) -> list[str]:
+    """Return a line that says which names are something, none if there are none."""
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     return [f"{what}: {', '.join(sorted(names)[:most])}{more}"] if names else []
 
@@ -152,9 +153,6 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     """
     with whole_file(path) as partial:
         safetensors.torch.save_model(model, str(partial), metadata=dict(metadata))
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)  # safetensors leaves its files readable by their owner only
 
 
 @contextmanager
@@ -167,6 +165,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)  # safetensors leaves its files readable by their owner only
         partial.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises a RuntimeError on a full disk
         if partial.is_file():

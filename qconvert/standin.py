@@ -160,9 +160,9 @@ def _is_written_out(frame: FrameType) -> bool:
 
 
 def _is_torchs(frame: FrameType) -> bool:
-    """Whether the code is torch's or our own. torch.is_tensor, of torch/__init__.py, asks for the user."""
+    """Whether the code is torch's or our own, which ask for themselves; torch.is_tensor and torch.jit.isinstance do not."""
     name: str = frame.f_globals.get("__name__", "")
-    return name.startswith(("torch.", "qconvert."))
+    return name.startswith(("torch.", "qconvert.")) and name != torch._jit_internal.__name__
 
 
 def _place(frame: FrameType) -> _Place:

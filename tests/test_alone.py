@@ -115,6 +115,10 @@ def asks_for_a_parameter(self, x):
     return x * 2 if isinstance(x, nn.Parameter) else x
 
 
+def asks_in_torchscripts_way(self, x):
+    return x * 2 if torch.jit.isinstance(x, torch.Tensor) else x
+
+
 def asks_isinstance_of_what_is_iterable(self, x):
     from collections.abc import Iterable  # noqa: PLC0415
 
@@ -298,6 +302,7 @@ REFUSED = {
     asks_in_a_method_of_a_child: KIND,
     asks_in_a_method_of_an_object: KIND,
     asks_isinstance: KIND,
+    asks_in_torchscripts_way: KIND,
     asks_whether_its_size_is_a_tuple: KIND,
     asks_for_a_parameter: KIND,
     asks_isinstance_of_what_is_iterable: KIND,

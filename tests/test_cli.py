@@ -57,6 +57,17 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+def test_binarize_writes_a_packed_file(folder, capsys):
+    code, out, _ = run(capsys, "binarize", "nets.py:net", "-r", "rules.toml", "--packed", "q.safetensors")
+    assert code == 0
+    size = (folder / "q.safetensors").stat().st_size
+    assert f"packed file written to q.safetensors: {size} bytes, for qconvert.load" in out
+    model = build_model("nets.py:net")
+    loaded, converted = qconvert.load("q.safetensors", model), qconvert.binarize(model, "rules.toml", report=False).eval()
+    x = torch.randn(1, 1, 4, 4, 4)
+    assert torch.equal(loaded(x), converted(x))
+
+
 def test_binarize_reports_and_writes(folder, capsys):
     code, out, _ = run(
         capsys,

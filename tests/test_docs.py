@@ -27,7 +27,7 @@ from torch.distributed import run as torchrun
 import qconvert
 from qconvert.cli import app, main
 from qconvert.pipeline import check_rules
-from qconvert.quantizations import quantization_from_name, quantization_names
+from qconvert.quantizations import quantization_from_name, quantization_names, registry
 from qconvert.tables import Model, Quantizer, Rule, RuleFile, Stage, Stages
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,12 @@ def torch_settings():
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
+def own_quantizers(monkeypatch):
+    """What a page registers is not there for the next."""
+    monkeypatch.setattr(registry, "_by_name", dict(registry._by_name))
 
 
 @dataclass(frozen=True)

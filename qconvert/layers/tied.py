@@ -55,3 +55,8 @@ class TiedConv3d(nn.Conv3d):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
         missing_keys[:] = [key for key in missing_keys if key not in [f"{prefix}{name}" for name in _TIED]]
+
+
+def handed_over(owner: nn.Module) -> set[int]:
+    """Return the identities of the Parameters that a module hands over to layers: it computes nothing with them itself."""
+    return {id(p) for child in owner.children() if isinstance(child, TiedConv3d) for p in child.parameters()}

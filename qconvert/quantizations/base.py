@@ -1,12 +1,14 @@
 """`Quantization`: the base class of everything that turns a float tensor into a low-bit one."""
 
+import inspect
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizerError
+from .levels import Levels
 from .operators import FORMULAS
 
 MAX_BITS = 16
@@ -52,6 +54,26 @@ class Quantization(nn.Module):
         """The operator's arguments beside the tensor."""
         return ()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, which a file keeps: the attributes of their names, and ``bit_width`` for ``bits``.
+
+        Raises:
+            QuantizerError: if an argument is no attribute.
+        """
+        names = {name: "bit_width" if name == "bits" else name for name in argument_names(type(self))}
+        lost = [name for name, attribute in names.items() if not hasattr(self, attribute)]
+        if lost:
+            raise QuantizerError(f"{type(self).__name__} does not keep its argument {lost[0]!r}: set self.{lost[0]}")
+        return {name: getattr(self, attribute) for name, attribute in names.items()}
+
+    def levels(self, quantized: Tensor) -> Levels | None:  # noqa: ARG002 (for those that override it)
+        """Return the levels of which ``quantized``, a tensor that it has put out, consists.
+
+        None, the default, is none that can be told: a file then keeps such weights in float.
+        """
+        return None
+
     def start_from(self, weight: Tensor) -> None:
         """Set what the quantizer learns to its starting value for these weights. Nothing by default."""
 
@@ -73,6 +95,10 @@ class BinaryQuantization(Quantization):
 
     bit_width = 1
 
+    def levels(self, quantized: Tensor) -> Levels:
+        """Return -1 and +1."""
+        return Levels(1, count=2, lowest=-1, step=2, divisor=1, unit=1.0, dtype=quantized.dtype)
+
     @torch.no_grad()
     def fitted_scale(self, weight: Tensor) -> Tensor:
         """Return mean |weight| per output channel: what the least squares come to for a sign (XNOR-Net, eq. 6)."""
@@ -81,6 +107,12 @@ class BinaryQuantization(Quantization):
         slices = torch.split(channels, max(1, _SLICE // max(1, channels.shape[1])))
         scratch = torch.empty_like(slices[0])
         return torch.cat([torch.abs(part, out=scratch[: len(part)]).mean(1) for part in slices])
+
+
+def argument_names(cls: type[Quantization]) -> list[str]:
+    """Return the names of the constructor's arguments."""
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def least_squares(weight: Tensor, quantized: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import Quantization, check_bits
+from .levels import Levels
 from .operators import quantizer_operator
 
 
@@ -52,6 +53,11 @@ class WeightDoReFa(Quantization):
         """The highest level."""
         return (2**self.bit_width - 1,)
 
+    def levels(self, quantized: Tensor) -> Levels:
+        """Return -1 .. +1 in steps of 2 / n."""
+        n = 2**self.bit_width - 1
+        return Levels(self.bit_width, count=n + 1, lowest=-n, step=2, divisor=n, unit=1.0, dtype=quantized.dtype)
+
 
 class InputDoReFa(Quantization):
     """DoReFa for inputs: clip to [0, 1], round to 2**k levels.
@@ -80,3 +86,8 @@ class InputDoReFa(Quantization):
     def operator_settings(self) -> tuple[float, ...]:
         """The highest level."""
         return (2**self.bit_width - 1,)
+
+    def levels(self, quantized: Tensor) -> Levels:
+        """Return 0 .. 1 in steps of 1 / n."""
+        n = 2**self.bit_width - 1
+        return Levels(self.bit_width, count=n + 1, lowest=0, step=1, divisor=n, unit=1.0, dtype=quantized.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantizerError
 from .base import Quantization, check_bits
+from .levels import Levels
 from .operators import spell_out
 
 _SAMPLE_DIMS = 4
@@ -95,6 +96,11 @@ class LSQ(Quantization):
         mean_magnitude = torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel()  # without a copy of the weight
         step = 2 * mean_magnitude / math.sqrt(self.highest)
         self.step.copy_(torch.where(step > 0, step, self.step))
+
+    def levels(self, quantized: Tensor) -> Levels:
+        """Return the multiples of the step."""
+        step, count = self.step.to(quantized.dtype).item(), self.highest - self.lowest + 1
+        return Levels(self.bit_width, count=count, lowest=self.lowest, step=1, divisor=1, unit=step, dtype=quantized.dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return ``x`` on the multiples of the step."""

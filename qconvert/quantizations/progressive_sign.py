@@ -1,6 +1,7 @@
 """`ProgressiveSign`: a ramp that becomes a sign while training goes on."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor
@@ -75,6 +76,12 @@ class ProgressiveSign(BinaryQuantization):
     @temperature.setter
     def temperature(self, temperature: float | None) -> None:
         self._temperature = temperature
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, the scale as it is now."""
+        transform = {} if self.custom_transform is None else {"custom_transform": self.custom_transform}
+        return {"initial_scale": self.scale, "alpha": self.alpha, "beta": self.beta} | transform
 
     @property
     def operator(self) -> str:  # type: ignore[override]

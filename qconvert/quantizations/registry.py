@@ -1,11 +1,10 @@
 """Quantizers by name."""
 
-import inspect
 from typing import Any
 
 from ..errors import QuantizerError, did_you_mean
 from .approx_sign import ApproxSign
-from .base import Quantization
+from .base import Quantization, argument_names
 from .dorefa import InputDoReFa, WeightDoReFa
 from .identity import Identity
 from .lsq import LSQ
@@ -74,7 +73,7 @@ def quantizer(quantization: str | Quantization, **settings: Any) -> Quantization
     if not isinstance(quantization, str):
         raise QuantizerError(f"a quantizer is a name or a Quantization module, got {quantization!r}")
     cls = quantization_from_name(quantization)
-    allowed = _settings(cls) if settings else []
+    allowed = argument_names(cls) if settings else []
     for name in settings:
         if name not in allowed:
             takes = f"Its settings: {', '.join(allowed)}." if allowed else "It has no settings."
@@ -88,8 +87,3 @@ def quantizer(quantization: str | Quantization, **settings: Any) -> Quantization
     if built.bit_width < 1:
         raise QuantizerError(f"quantizer {quantization!r} has no bit_width: set it to the bits of one quantized value")
     return built
-
-
-def _settings(cls: type[Quantization]) -> list[str]:
-    parameters = inspect.signature(cls).parameters.values()
-    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

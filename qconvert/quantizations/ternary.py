@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import Quantization
+from .levels import Levels
 from .operators import quantizer_operator
 
 TWN_FACTOR = 0.7
@@ -33,3 +34,8 @@ class Ternary(Quantization):
     name = "ternary"
     operator = "ternary"
     bit_width = 2
+
+    def levels(self, quantized: Tensor) -> Levels:
+        """Return -a, 0 and +a."""
+        level = quantized.abs().max().item() if quantized.numel() else 0.0
+        return Levels(2, count=3, lowest=-1, step=1, divisor=1, unit=level, dtype=quantized.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..layers import QConv3d, QConv3d_NoAct
 from ..layers.computed import weights_at_rest
-from ..layers.tied import TiedConv3d
+from ..layers.tied import handed_over
 from ..trace import unwrapped
 from .options import Option, options_of
 from .run import Shape, rows, run
@@ -169,10 +169,9 @@ def _bits_per_value(model: nn.Module) -> dict[int, int]:
     """Return the storage bits of every Parameter: those of its quantizer, if every layer that uses it quantizes it."""
     bits: dict[int, int] = {}
     for module in model.modules():
-        # the owner of a functional convolution's kernel hands it to the layer that computes with it
-        handed_over = {id(p) for child in module.children() if isinstance(child, TiedConv3d) for p in child.parameters()}
+        not_its_own = handed_over(module)
         for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in handed_over:
+            if parameter is not None and id(parameter) not in not_its_own:
                 quantized = isinstance(module, QConv3d_NoAct) and key == "weight"
                 own = (_precision(module)[0] if quantized else None) or parameter.dtype.itemsize * 8
                 bits[id(parameter)] = max(own, bits.get(id(parameter), 0))

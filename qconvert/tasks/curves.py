@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError, ModelError
+from ..pictures import new_figure, write
 
 _SMOOTHED_OVER = 50
 
@@ -22,11 +22,7 @@ def draw(losses: Sequence[float], metrics: Mapping[str, Mapping[str, float]], pa
         ModelError: if matplotlib is not installed.
         InputError: if the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise ModelError(f"a picture needs `pip install matplotlib`: {error}") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     axes.plot(losses, color="0.8", label="loss of a step")
     width = min(_SMOOTHED_OVER, len(losses))
@@ -40,7 +36,4 @@ def draw(losses: Sequence[float], metrics: Mapping[str, Mapping[str, float]], pa
         f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in reached.items())}" for name, reached in metrics.items()
     )
     axes.set_title("\n".join(lines), fontsize="small")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
+    write(figure, path)

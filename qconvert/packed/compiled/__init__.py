@@ -1,0 +1,1 @@
+"""The compiled workers: all that needs numba, which is an extra, `qconvert[cpu]`."""

@@ -1,0 +1,140 @@
+"""The binary convolution's compiled worker: every tile of the output, shared out among threads."""
+
+from enum import IntEnum, auto, unique
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from ..layout import Row
+from .memory import copy_float, next_number, read_word
+from .tile import SHAPE, tile
+
+POSITIONS, CHANNELS = SHAPE.positions, SHAPE.channels
+
+
+@unique
+class Argument(IntEnum):
+    """Places in the worker's array of int64: addresses (0 for none) and numbers."""
+
+    NEXT = 0
+    """The next piece of work."""
+    X = auto()
+    """Bits of the input."""
+    WORD_OFFSETS = auto()
+    RUNS = auto()
+    RUN_COUNT = auto()
+    WEIGHTS = auto()
+    """Words [group][block][word][channel]."""
+    WEIGHT_BYTES = auto()
+    """Of a block."""
+    POSITION_OFFSETS = auto()
+    POSITION_COUNT = auto()
+    BASES = auto()
+    """int64 [class][group][block][channel]: what twice the count is taken from."""
+    CLASSES = auto()
+    """int64: the class of each position."""
+    ADDENDS = auto()
+    """int64 for each position [group]."""
+    TABLE = auto()
+    """float32 [group][block][row][channel], see `tile`."""
+    GROUPS = auto()
+    BLOCKS = auto()
+    """Of a group."""
+    GROUP_CHANNELS = auto()
+    """Output channels of a group."""
+    GROUP_BYTES = auto()
+    """Of a group's words of a position of the input."""
+    RESIDUAL = auto()
+    """float32 [position][channel]."""
+    OUTPUT = auto()
+    """float32 [position][channel]."""
+    BITS = auto()
+    """Where the outputs' bits go."""
+    BIT_OFFSETS = auto()
+    """For each position, in bytes from BITS."""
+    TILES = auto()
+    """Of a piece of work."""
+
+
+ARGUMENTS = len(Argument)
+
+X_AT, BASE, ADDEND, RESIDUAL, OUTPUT, BITS = range(6)
+"""Rows of what a tile is told for each of its positions."""
+
+TABLE_BYTES = 4 * len(Row) * CHANNELS
+"""Of a block."""
+
+
+@njit(cache=True, inline="always")
+def _aim(a, told, first_position, block):
+    """Tell a tile where its positions read and write."""
+    groups, channels = a[Argument.GROUPS], a[Argument.GROUP_CHANNELS]
+    group, in_group = block // a[Argument.BLOCKS], CHANNELS * (block % a[Argument.BLOCKS])
+    for p in range(POSITIONS):
+        position = min(first_position + p, a[Argument.POSITION_COUNT] - 1)
+        told[X_AT, p] = read_word(a[Argument.POSITION_OFFSETS] + 8 * position) + group * a[Argument.GROUP_BYTES]
+        kind = read_word(a[Argument.CLASSES] + 8 * position) if a[Argument.CLASSES] != 0 else 0
+        told[BASE, p] = a[Argument.BASES] + 8 * CHANNELS * (kind * groups * a[Argument.BLOCKS] + block)
+        if a[Argument.ADDENDS] != 0:
+            told[ADDEND, p] = read_word(a[Argument.ADDENDS] + 8 * (position * groups + group))
+        value = 4 * ((position * groups + group) * channels + in_group)
+        told[RESIDUAL, p], told[OUTPUT, p] = a[Argument.RESIDUAL] + value, a[Argument.OUTPUT] + value
+        if a[Argument.BITS] != 0:
+            told[BITS, p] = a[Argument.BITS] + read_word(a[Argument.BIT_OFFSETS] + 8 * position) + in_group // 8
+
+
+@njit(cache=True, inline="always")
+def _copy(sources, targets, count):
+    """Copy that many float32 for each position of a tile."""
+    for p in range(POSITIONS):
+        for c in range(count):
+            copy_float(sources[p] + 4 * c, targets[p] + 4 * c)
+
+
+@cache
+def compiled() -> Any:
+    """Return the worker, a function of numba's, compiled or read from its cache."""
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def worker(pointer):
+        a = carray(pointer, ARGUMENTS)
+        positions, tiles = a[Argument.POSITION_COUNT], a[Argument.TILES]
+        pieces = (positions + tiles * POSITIONS - 1) // (tiles * POSITIONS)
+        told = np.zeros((6, POSITIONS), np.int64)
+        spare = np.zeros((2, POSITIONS, CHANNELS), np.float32)  # a block of fewer channels reads and writes here
+        spared = np.zeros((2, POSITIONS), np.int64)
+        for row in range(2):
+            for p in range(POSITIONS):
+                spared[row, p] = spare[row, p].ctypes.data
+        piece = next_number(a.ctypes.data)
+        while piece < pieces * a[Argument.GROUPS] * a[Argument.BLOCKS]:
+            block, first = piece // pieces, piece % pieces * tiles * POSITIONS  # a block's weights stay in the cache
+            present = a[Argument.GROUP_CHANNELS] - CHANNELS * (block % a[Argument.BLOCKS])
+            for position in range(first, min(first + tiles * POSITIONS, positions), POSITIONS):
+                _aim(a, told, position, block)
+                residuals, outputs = told[RESIDUAL], told[OUTPUT]
+                if present < CHANNELS:
+                    residuals, outputs = spared[0], spared[1]
+                    if a[Argument.RESIDUAL] != 0:
+                        _copy(told[RESIDUAL], residuals, present)
+                tile(
+                    a[Argument.X],
+                    told[X_AT].ctypes.data,
+                    a[Argument.WORD_OFFSETS],
+                    a[Argument.RUNS],
+                    a[Argument.RUN_COUNT],
+                    a[Argument.WEIGHTS] + block * a[Argument.WEIGHT_BYTES],
+                    told[BASE].ctypes.data,
+                    told[ADDEND].ctypes.data,
+                    a[Argument.TABLE] + block * TABLE_BYTES,
+                    residuals.ctypes.data if a[Argument.RESIDUAL] != 0 else 0,
+                    outputs.ctypes.data if a[Argument.OUTPUT] != 0 else 0,
+                    told[BITS].ctypes.data if a[Argument.BITS] != 0 else 0,
+                )
+                if present < CHANNELS and a[Argument.OUTPUT] != 0:
+                    _copy(outputs, told[OUTPUT], present)
+            piece = next_number(a.ctypes.data)
+
+    return worker

@@ -1,0 +1,122 @@
+"""The compiled workers, called with tensors: numba is needed from here on."""
+
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+
+from ..geometry import Geometry
+from ..layout import pairs, runs
+from . import bits as packing
+from . import convolution as convolving
+from . import sums as summing
+from .convolution import CHANNELS, POSITIONS
+from .openmp import run
+from .tile import SHAPE
+
+BLOCK = CHANNELS
+"""Output channels that are computed together."""
+
+_PIECES_PER_THREAD = 4
+"""Pieces of work: more than threads, which may not all be as fast, and few, for each costs a little."""
+
+
+@cache
+def prepare() -> None:
+    """Compile the workers, or read them from numba's cache, before they are first called; a line says so meanwhile."""
+    with Console(stderr=True).status("Compiling the kernel of packed layers, once for this machine"):
+        for worker in (packing, convolving, summing):
+            worker.compiled()
+
+
+def pack(
+    x: Tensor, thresholds: Tensor, spreads: Tensor, settings: Tensor | None, planes: int, geometry: Geometry, groups: int
+) -> Tensor:
+    """Return the words of a float input, see `qconvert::pack_bits`."""
+    samples, channels, depth, height, width = x.shape
+    x = x.permute(0, 2, 3, 4, 1).contiguous()
+    words = x.new_zeros((planes, samples, *geometry.padded, groups, geometry.words), dtype=torch.int64)
+    place = packing.Argument
+    a = np.zeros(len(place), np.int64)
+    a[place.X], a[place.ROWS], a[place.WIDTH] = x.data_ptr(), samples * depth * height, width
+    a[place.GROUPS], a[place.GROUP_CHANNELS] = groups, channels // groups
+    a[place.THRESHOLDS], a[place.SPREADS] = thresholds.data_ptr(), spreads.data_ptr()
+    a[place.SETTINGS] = 0 if settings is None else settings.data_ptr()
+    a[place.PLANES], a[place.PLANE_BYTES] = planes, geometry.plane_bytes
+    a[place.OUTPUT], a[place.ROW_OFFSETS] = words.data_ptr(), geometry.rows.ctypes.data
+    run(packing.compiled().address, a)
+    return words
+
+
+def convolve(
+    words: Tensor,
+    weight: Tensor,
+    bases: Tensor,
+    addends: Tensor | None,
+    table: Tensor,
+    geometry: Geometry,
+    groups: int,
+    channels: int,
+    planes: tuple[int, int],
+    residual: Tensor | None,
+    *,
+    has_values: bool,
+    following: Geometry | None,
+) -> list[Tensor]:
+    """Return outputs, their bits for the layer that follows, or both, see `qconvert::packed_conv3d`."""
+    place = convolving.Argument
+    a = np.zeros(len(place), np.int64)
+    offsets, ends = _word_order(geometry, planes)
+    count = len(geometry.positions)
+    a[place.X], a[place.WORD_OFFSETS] = words.data_ptr(), offsets.ctypes.data
+    a[place.RUNS], a[place.RUN_COUNT] = ends.ctypes.data, len(ends)
+    a[place.WEIGHTS], a[place.WEIGHT_BYTES] = weight.data_ptr(), weight[0].numel() * weight.itemsize
+    a[place.POSITION_OFFSETS], a[place.POSITION_COUNT] = geometry.positions.ctypes.data, count
+    a[place.BASES], a[place.TABLE] = bases.data_ptr(), table.data_ptr()
+    a[place.CLASSES] = geometry.classes.ctypes.data if len(bases) > 1 else 0
+    a[place.ADDENDS] = 0 if addends is None else addends.data_ptr()
+    a[place.GROUPS], a[place.BLOCKS], a[place.GROUP_CHANNELS] = groups, len(weight) // groups, channels // groups
+    a[place.GROUP_BYTES] = geometry.words * words.itemsize
+    found: list[Tensor] = []
+    if residual is not None:
+        residual = residual.float().permute(0, 2, 3, 4, 1).contiguous()
+        a[place.RESIDUAL] = residual.data_ptr()
+    if has_values:
+        values = words.new_empty((geometry.batch, *geometry.outputs, channels), dtype=torch.float32)
+        a[place.OUTPUT] = values.data_ptr()
+        found.append(values.permute(0, 4, 1, 2, 3))
+    if following is not None:
+        bits = words.new_zeros((1, following.batch, *following.padded, 1, following.words))
+        a[place.BITS], a[place.BIT_OFFSETS] = bits.data_ptr(), following.inner.ctypes.data
+        found.append(bits)
+    tiles = -(-count // POSITIONS)
+    a[place.TILES] = max(1, tiles * len(weight) // (torch.get_num_threads() * _PIECES_PER_THREAD * len(weight)))
+    run(convolving.compiled().address, a)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _word_order(geometry: Geometry, planes: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the offset of each word from a position, in the order of the weight's words, and the runs."""
+    of_input = [plane for _, of_level in pairs(*planes) for plane, _ in of_level]
+    offsets = np.concatenate([plane * geometry.plane_bytes + geometry.taps for plane in of_input])
+    return offsets, runs(*planes, len(geometry.taps), SHAPE.longest_run)
+
+
+def window_sums(words: Tensor, geometry: Geometry) -> Tensor:
+    """Return the sum of the codes under each window, from 0 on, int64, shape (positions, groups)."""
+    groups = words.shape[-2]
+    count = len(geometry.positions)
+    sums = words.new_empty((count, groups))
+    place = summing.Argument
+    a = np.zeros(len(place), np.int64)
+    a[place.X], a[place.PLANES], a[place.PLANE_BYTES] = words.data_ptr(), len(words), geometry.plane_bytes
+    a[place.TAPS], a[place.TAP_COUNT] = geometry.taps.ctypes.data, len(geometry.taps)
+    a[place.POSITION_OFFSETS], a[place.POSITION_COUNT] = geometry.positions.ctypes.data, count
+    a[place.GROUPS], a[place.GROUP_BYTES] = groups, geometry.words * words.itemsize
+    a[place.OUTPUT] = sums.data_ptr()
+    run(summing.compiled().address, a)
+    return sums

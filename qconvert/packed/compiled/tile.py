@@ -1,0 +1,267 @@
+"""The innermost loop of the binary convolution, as LLVM's vector code: a tile of output positions x output channels.
+
+For each word of 64 channels the codes' bits of each position are compared with those of each output channel's weights: XOR,
+population count, add. What a processor does in one instruction of 512 bits another one does in several: LLVM writes
+whichever there is. Two ways to count, by processor: words where a vector of 64-bit words is counted at once
+(AVX-512's VPOPCNTDQ), bytes elsewhere (AVX2, NEON), which are added up to 64 bits before they overflow.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils, config, types
+from numba.extending import intrinsic
+
+from ..layout import Row
+
+I1, I8, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much of the output a tile computes, and how it counts.
+
+    Attributes:
+        positions: output positions.
+        vectors: vectors of output channels.
+        lanes: 64-bit words in a vector, an output channel each.
+        longest_run: words that are counted before the counts must be widened, 0 for as many as there are.
+    """
+
+    positions: int
+    vectors: int
+    lanes: int
+    longest_run: int
+
+    @property
+    def channels(self) -> int:
+        """Output channels of the tile."""
+        return self.vectors * self.lanes
+
+
+def _features() -> set[str]:
+    """Return the processor's features that numba compiles for."""
+    flat: str = config.CPU_FEATURES if config.CPU_FEATURES is not None else llvm.get_host_cpu_features().flatten()
+    return {each[1:] for each in flat.split(",") if each.startswith("+")}
+
+
+COUNTS_WORDS = "avx512vpopcntdq" in _features()
+
+SHAPE = Shape(4, 4, 8, 0) if COUNTS_WORDS else Shape(2, 4, 4, 31)
+"""The accumulators of a tile fit into the registers: 32 of 512 bits, or 16 of 256."""
+
+
+_WORDS = ir.VectorType(I64, SHAPE.lanes)
+_FLOATS = ir.VectorType(F32, SHAPE.lanes)
+_COUNTS = _WORDS if COUNTS_WORDS else ir.VectorType(I8, 8 * SHAPE.lanes)
+_WORD = 8  # bytes
+_VECTOR = _WORD * SHAPE.lanes
+
+
+@intrinsic
+def tile(
+    typing_context: Any,
+    x: Any,
+    position_offsets: Any,
+    word_offsets: Any,
+    runs: Any,
+    run_count: Any,
+    weights: Any,
+    bases: Any,
+    addends: Any,
+    channels: Any,
+    residuals: Any,
+    outputs: Any,
+    bits: Any,
+) -> Any:
+    """Compute ``SHAPE.positions`` x ``SHAPE.channels`` outputs. All arguments are addresses or numbers, as intp.
+
+    Args:
+        typing_context: numba's.
+        x: bits of the input.
+        position_offsets: for each position, in bytes from x.
+        word_offsets: for each word, in bytes from a position.
+        runs: pairs for each run of words: where it ends, and by how many bits the sum before it is shifted to the left.
+        run_count: how many.
+        weights: words of the channels, [word][channel].
+        bases: for each position, address of what twice the count is taken from, int64 for each channel.
+        addends: for each position, an int64 that is added.
+        channels: the rows of `Row`.
+        residuals: for each position, address of what is added before the slope, float32 for each channel; or 0.
+        outputs: for each position, address of its outputs, float32; or 0.
+        bits: for each position, address of its outputs' bits, where an output is not below the threshold; or 0.
+    """
+    signature = types.void(*[types.intp] * 12)
+    return signature, _tile
+
+
+def _tile(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+    x, position_offsets, word_offsets, runs, run_count, weights, bases, addends, *after = arguments
+    places = [b.add(x, _load_word(b, position_offsets, p)) for p in range(SHAPE.positions)]
+    counts = _counts(b, places, word_offsets, runs, run_count, weights)
+    sums = []
+    for p in range(SHAPE.positions):
+        base, addend = _load_word(b, bases, p), _splat(b, _load_word(b, addends, p), _WORDS)
+        twice = [b.shl(count, ir.Constant(_WORDS, [1] * SHAPE.lanes)) for count in counts[p]]
+        sums.append([b.add(b.sub(_load(b, base, _VECTOR * v, _WORDS), twice[v]), addend) for v in range(SHAPE.vectors)])
+    _put_out(b, sums, *after)
+    return context.get_dummy_value()
+
+
+def _counts(
+    b: ir.IRBuilder,
+    places: list[ir.Value],
+    word_offsets: ir.Value,
+    runs: ir.Value,
+    run_count: ir.Value,
+    weights: ir.Value,
+) -> list[list[ir.Value]]:
+    """Return the counts of differing bits as vectors, [position][vector]."""
+    grid = [(p, v) for p in range(SHAPE.positions) for v in range(SHAPE.vectors)]
+    before, run_block = b.block, b.append_basic_block("run")
+    word_block, widen_block, done = (b.append_basic_block(name) for name in ("word", "widen", "done"))
+    b.branch(run_block)
+
+    b.position_at_end(run_block)
+    run, run_k, run_weight = b.phi(I64), b.phi(I64), b.phi(I64)
+    totals = {each: b.phi(_WORDS) for each in grid}
+    end = _load_word(b, b.add(runs, b.shl(run, _number(4))), 0)
+    shift = _splat(b, _load_word(b, b.add(runs, b.shl(run, _number(4))), 1), _WORDS)
+    b.branch(word_block)
+
+    b.position_at_end(word_block)
+    k, weight = b.phi(I64), b.phi(I64)
+    counts = {each: b.phi(_COUNTS) for each in grid}
+    ctpop = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(_COUNTS, [_COUNTS]), f"llvm.ctpop.v{_COUNTS.count}i{_COUNTS.element.width}"
+    )
+    offset = _load_word(b, b.add(word_offsets, b.shl(k, _number(3))), 0)
+    of_weights = [_load(b, weight, _VECTOR * v, _WORDS) for v in range(SHAPE.vectors)]
+    counted = {}
+    for p, place in enumerate(places):
+        word = _splat(b, _load_word(b, b.add(place, offset), 0), _WORDS)
+        for v in range(SHAPE.vectors):
+            differing = b.bitcast(b.xor(word, of_weights[v]), _COUNTS)
+            counted[p, v] = b.add(counts[p, v], b.call(ctpop, [differing]))
+    next_k, next_weight = b.add(k, _number(1)), b.add(weight, _number(_VECTOR * SHAPE.vectors))
+    b.cbranch(b.icmp_signed("<", next_k, end), word_block, widen_block)
+
+    b.position_at_end(widen_block)
+    widened = {each: b.add(b.shl(totals[each], shift), _widened(b, counted[each])) for each in grid}
+    next_run = b.add(run, _number(1))
+    b.cbranch(b.icmp_signed("<", next_run, run_count), run_block, done)
+
+    for phi, start, then in (
+        (run, _number(0), next_run),
+        (run_k, _number(0), next_k),
+        (run_weight, weights, next_weight),
+        *((totals[each], _zero(_WORDS), widened[each]) for each in grid),
+    ):
+        phi.add_incoming(start, before)
+        phi.add_incoming(then, widen_block)
+    for phi, start, then in (
+        (k, run_k, next_k),
+        (weight, run_weight, next_weight),
+        *((counts[each], _zero(_COUNTS), counted[each]) for each in grid),
+    ):
+        phi.add_incoming(start, run_block)
+        phi.add_incoming(then, word_block)
+    b.position_at_end(done)
+    return [[widened[p, v] for v in range(SHAPE.vectors)] for p in range(SHAPE.positions)]
+
+
+def _widened(b: ir.IRBuilder, counts: ir.Value) -> ir.Value:
+    """Return the sums of each 8 bytes as 64-bit words."""
+    if COUNTS_WORDS:
+        return counts
+    words = b.bitcast(counts, _WORDS)
+    for width, mask in ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0x00000000FFFFFFFF)):
+        masks, widths = (ir.Constant(_WORDS, [each] * SHAPE.lanes) for each in (mask, width))
+        words = b.add(b.and_(words, masks), b.and_(b.lshr(words, widths), masks))
+    return words
+
+
+def _put_out(
+    b: ir.IRBuilder,
+    sums: list[list[ir.Value]],
+    channels: ir.Value,
+    residuals: ir.Value,
+    outputs: ir.Value,
+    bits: ir.Value,
+) -> None:
+    """Bring the sums to float, through what comes after the convolution, and store them, their bits, or both."""
+    narrow = ir.VectorType(I32, SHAPE.lanes)
+    has_residual, has_output, has_bits = (b.icmp_signed("!=", each, _number(0)) for each in (residuals, outputs, bits))
+    for p in range(SHAPE.positions):
+        above = []
+        for v in range(SHAPE.vectors):
+            place = 4 * SHAPE.lanes * v
+            factor, summand, slope, last, threshold = (
+                _load(b, channels, 4 * SHAPE.channels * row + place, _FLOATS, 4) for row in Row
+            )
+            y = b.fadd(b.fmul(b.sitofp(b.trunc(sums[p][v], narrow), _FLOATS), factor), summand)
+            y = _with_residual(b, y, has_residual, b.add(residuals, _number(_WORD * p)), place)
+            y = b.fadd(b.select(b.fcmp_ordered(">", y, _zero(_FLOATS)), y, b.fmul(y, slope)), last)
+            with b.if_then(has_output):
+                _store(b, y, b.add(_load_word(b, outputs, p), _number(place)))
+            above.append(b.fcmp_unordered(">=", y, threshold))
+        with b.if_then(has_bits):
+            _store(b, _as_bits(b, above), _load_word(b, bits, p))
+
+
+def _with_residual(b: ir.IRBuilder, y: ir.Value, is_there: ir.Value, address: ir.Value, place: int) -> ir.Value:
+    """Return y and, where there is a residual, what lies that many bytes behind the address at an address."""
+    before = b.block
+    with b.if_then(is_there):
+        added = b.fadd(y, _load(b, _load_word(b, address, 0), place, _FLOATS, 4))
+        inside = b.block
+    result = b.phi(_FLOATS)
+    result.add_incoming(y, before)
+    result.add_incoming(added, inside)
+    return result
+
+
+def _as_bits(b: ir.IRBuilder, flags: list[ir.Value]) -> ir.Value:
+    """Return vectors of flags as one integer, the first flag as its lowest bit."""
+    width = sum(each.type.count for each in flags)
+    whole = ir.IntType(width)
+    value = ir.Constant(whole, 0)
+    for index, each in enumerate(flags):
+        part = b.zext(b.bitcast(each, ir.IntType(each.type.count)), whole)
+        value = b.or_(value, b.shl(part, ir.Constant(whole, index * each.type.count)))
+    return value
+
+
+def _number(value: int) -> ir.Constant:
+    return ir.Constant(I64, value)
+
+
+def _zero(kind: ir.VectorType) -> ir.Constant:
+    return ir.Constant(kind, [0] * kind.count)
+
+
+def _pointer(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def _load(b: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type, align: int = 8) -> ir.Value:
+    value = b.load(_pointer(b, b.add(address, _number(offset)), kind))
+    value.align = align
+    return value
+
+
+def _load_word(b: ir.IRBuilder, address: ir.Value, index: int) -> ir.Value:
+    return _load(b, address, _WORD * index, I64)
+
+
+def _store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    b.store(value, _pointer(b, address, value.type)).align = 1 if isinstance(value.type, ir.IntType) else 4
+
+
+def _splat(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return b.shuffle_vector(
+        first, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+    )

@@ -1,0 +1,260 @@
+"""`PackedConv3d`: a quantized convolution that computes with bits."""
+
+import math
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import InputError, ModelError
+from ..layers import QActivation, QConv3d
+from ..layers.padding import padding_amounts
+from ..layers.qconv3d import per_channel
+from ..quantizations.levels import Levels
+from ..quantizations.operators import Comparison
+from .codes import PIECE
+from .epilogue import Epilogue
+from .geometry import Window
+from .layout import Row, arranged, by_block
+from .obstacles import comparison_of, input_levels, input_quantizer, twice_border_code
+from .operators import BLOCK, by_channel, pack_bits, packed_conv3d
+from .weights import quantized_weight
+
+_SINGLE = 4
+"""Dimensions of an input without a batch."""
+
+
+class PackedConv3d(nn.Module):
+    """A quantized convolution that computes with bits, and what comes after it in the same pass over the output.
+
+    Forward: ``y = prelu(factor * conv3d(pad(codes(x)), codes of the weight) + summand + residual) + last``.
+
+    Shapes: x (N, C, D, H, W) float32, or its packed codes (int64, see operators.py); residual and output (N, O, D', H', W'),
+    in channels_last_3d. The sums are whole numbers, the same as those of the layer that was packed; what comes after is
+    rounded to float32 after each operation.
+
+    Args:
+        layer: the layer that is packed, for which `no_packing` is None.
+
+    Attributes:
+        epilogue: what comes after the sums; it takes effect with `finish`.
+        takes_in: the operations of the model in it, by name.
+        following: border of the layer that reads packed outputs, None where none does.
+        has_values: whether floats are put out too.
+    """
+
+    weight: Tensor
+    table: Tensor
+    float_table: Tensor
+    base: Tensor
+    tap_sums: Tensor | None
+    thresholds: Tensor
+    spreads: Tensor
+    settings: Tensor | None
+
+    def __init__(self, layer: QConv3d) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.kernel_size, self.stride, self.dilation = tuple(layer.kernel_size), tuple(layer.stride), tuple(layer.dilation)
+        self.padding_mode, self._fill = layer.padding_mode, layer._reversed_padding_repeated_twice
+        is_filled = layer.padding_mode == "zeros"
+        self.border = padding_amounts(layer.padding, layer.kernel_size, layer.dilation) if is_filled else [0] * 6
+        self._window = Window.of(self.kernel_size, self.stride, self.border, self.dilation)
+        self._products = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        self.register_buffer("table", None)
+        self.register_buffer("float_table", None)
+        self.following: list[int] | None = None
+        self.has_values = True
+        self.takes_in: list[str] = []
+        inputs, quantized = input_quantizer(layer), quantized_weight(layer)
+        self.input_levels = input_levels(inputs)
+        self.twice_border = round(twice_border_code(layer))
+        self._take_inputs(layer.activation, comparison_of(inputs))
+        self._take_weight(quantized, layer._weight_quantize.levels(quantized))  # type: ignore[arg-type]  # it has levels
+        self._take_epilogue(layer)
+        self.finish()
+
+    def _take_inputs(self, activation: QActivation, comparison: Comparison | None) -> None:
+        levels = self.input_levels
+        channels = self.in_channels // self.groups
+
+        def by_group(values: Tensor | None, fill: float) -> Tensor:
+            """Return values per channel as (groups, channels of a group, rounded up to whole pieces)."""
+            given = torch.full((self.in_channels,), fill) if values is None else values.detach().float()
+            return F.pad(given.view(self.groups, channels), (0, -channels % PIECE), value=fill)
+
+        thresholds = by_group(activation.threshold, 0.0)
+        if comparison is not None and comparison.becomes == 1:  # above the threshold, not at it
+            thresholds = torch.nextafter(thresholds, torch.tensor(math.inf))
+        self.register_buffer("thresholds", thresholds)
+        self.register_buffer("spreads", by_group(activation.spread, 1.0))
+        highest = levels.lowest + levels.count - 1
+        settings = [levels.unit, float(levels.divisor), float(levels.lowest), float(highest)]
+        self.register_buffer("settings", None if comparison is not None else torch.tensor(settings))
+
+    def _take_weight(self, quantized: Tensor, levels: Levels) -> None:
+        self.planes = (self.input_levels.bits, levels.bits)
+        codes = levels.codes(quantized).view(quantized.shape).long().numpy()
+        words = arranged(codes, self.groups, *self.planes, BLOCK)
+        self.register_buffer("weight", torch.from_numpy(words))
+        self._centre = tuple(_centre(each) for each in (self.input_levels, levels))
+        sums = (2 * codes - (2**levels.bits - 1) + self._centre[1]).sum(1)
+        self.register_buffer("base", self._blocked(torch.from_numpy(self._base(sums.sum((1, 2, 3))))))
+        self.register_buffer("tap_sums", torch.from_numpy(sums) if self.twice_border else None)
+        ours, theirs = (each.step / 2 * each.unit / each.divisor for each in (self.input_levels, levels))
+        self._unit = ours * theirs
+
+    def _take_epilogue(self, layer: QConv3d) -> None:
+        ones, zeros = torch.ones(self.out_channels).double(), torch.zeros(self.out_channels).double()
+        scale = ones if layer.scale is None else layer.scale.detach().double()
+        summands = [each.detach().double() for each in (layer.offset, layer.bias) if each is not None]
+        own = partial(_own, layer.scale, layer.offset, layer.bias)
+        self.epilogue = Epilogue(self._unit * scale, sum(summands, zeros), own)
+        self._adds_input = layer.shortcut
+        if layer.shortcut:
+            self.epilogue.add()
+        if layer.rprelu is not None:
+            shift, slope, summand = (each.detach().double() for each in layer.rprelu.parameters())
+            self.epilogue.bend(slope, layer.rprelu, before=-shift, after=summand)
+
+    def finish(self) -> None:
+        """Let the epilogue take effect."""
+        self.float_table = self.table = self._table(self.epilogue.rows())
+
+    @property
+    def reads_signs(self) -> bool:
+        """Whether the layer before it can do its packing: one threshold a channel, and no use for the floats."""
+        return self.settings is None and self.groups == 1 and self.padding_mode == "zeros" and not self._adds_input
+
+    def hand_on(self, reader: "PackedConv3d", *, has_values: bool) -> None:
+        """Put out the bits that another layer reads, beside the floats or in their place."""
+        self.following, self.has_values = reader.border, has_values
+        rows, thresholds = self.epilogue.rows(), reader.thresholds[0, : self.out_channels]
+        rows[Row.THRESHOLD] = thresholds
+        if self.planes == (1, 1) and not has_values and self.epilogue.is_monotone:
+            # the sums are whole numbers of at most that magnitude, and nothing else is wanted of them
+            rows[Row.FACTOR], rows[Row.THRESHOLD] = self.epilogue.whole_thresholds(thresholds, self._products)
+            rows[Row.SUMMAND], rows[Row.SLOPE], rows[Row.LAST] = 0.0, 1.0, 0.0
+        self.table = self._table(rows)
+
+    def _table(self, rows: Tensor) -> Tensor:
+        """Return rows (5, O) as [group, block][row][channel]."""
+        blocked = by_block(rows.numpy(), self.groups, BLOCK)
+        # no channel of a block that is none of the layer's has a bit
+        blocked[Row.THRESHOLD] = by_block(rows[Row.THRESHOLD].numpy(), self.groups, BLOCK, fill=math.inf)
+        return torch.from_numpy(np.ascontiguousarray(blocked.swapaxes(0, 1)))
+
+    def _base(self, sums: NDArray[Any]) -> Any:
+        """Return what twice a count is taken from, see layout.py: twice, because ``s s' = 1 - 2 (bits differ)``."""
+        input_centre, weight_centre = self._centre
+        of_input, of_weight = (2**planes - 1 for planes in self.planes)
+        return self._products * of_input * (of_weight - weight_centre) + input_centre * sums
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Return the output: floats, packed codes for the layer that follows, or both.
+
+        Without a batch, and where adding the residual changes shapes, floats come in the place of the codes, too.
+        """
+        is_single = x.dim() == _SINGLE
+        batch = x[None] if is_single else x
+        words = batch if x.dtype == torch.int64 else self.pack(batch)
+        residual = x if self._adds_input else residual
+        size = (words.shape[1], self.out_channels, *self._window.outputs_of(words.shape[2:5]))
+        if not is_single and (residual is None or residual.shape == size):
+            found = self._convolve(words, self.table, residual, has_values=self.has_values, following=self.following)
+            return found[0] if len(found) == 1 else found
+        values = self._in_floats(words, residual, is_single=is_single)
+        return [values, values] if self.has_values and self.following is not None else values
+
+    def _in_floats(self, words: Tensor, residual: Tensor | None, *, is_single: bool) -> Tensor:
+        if residual is None:
+            (values,) = self._convolve(words, self.float_table, None, has_values=True, following=None)
+            return values[0] if is_single else values
+        table = self.float_table.clone()
+        table[:, Row.SLOPE], table[:, Row.LAST] = 1.0, 0.0
+        (values,) = self._convolve(words, table, None, has_values=True, following=None)
+        rows = by_channel(self.float_table.movedim(1, 0), self.groups, self.out_channels)
+        slope, last = (rows[row].view(-1, 1, 1, 1) for row in (Row.SLOPE, Row.LAST))
+        values = (values[0] if is_single else values) + residual
+        return torch.where(values > 0, values, values * slope) + last
+
+    def _convolve(
+        self, words: Tensor, table: Tensor, residual: Tensor | None, *, has_values: bool, following: list[int] | None
+    ) -> list[Tensor]:
+        found: list[Tensor] = packed_conv3d(
+            words,
+            self.weight,
+            self.base,
+            self.tap_sums,
+            table,
+            residual,
+            self.kernel_size,
+            self.stride,
+            self.border,
+            self.dilation,
+            self.out_channels,
+            self.in_channels // self.groups,
+            self.planes[1],
+            2 * self._centre[1],
+            self.twice_border,
+            has_values,
+            following,
+        )
+        return found
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Return the packed codes of a float input, shape (N, C, D, H, W).
+
+        Raises:
+            InputError: for another number of channels.
+        """
+        if x.dim() != _SINGLE + 1 or x.shape[1] != self.in_channels:
+            expected = f"(N, {self.in_channels}, D, H, W) or ({self.in_channels}, D, H, W)"
+            raise InputError(f"a packed convolution expects an input of shape {expected}, got {tuple(x.shape)}")
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._fill, mode=self.padding_mode)
+        words: Tensor = pack_bits(
+            x.float(), self.thresholds, self.spreads, self.settings, self.planes[0], self.border, self.groups
+        )
+        return words
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Bring the words into this machine's order: that of a pickle may be another's."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.weight.shape[-1] == BLOCK:
+            return
+        self.weight = (
+            self._blocked(by_channel(self.weight.movedim(1, 0), self.groups, self.out_channels)).movedim(0, 1).contiguous()
+        )
+        self.base = self._blocked(by_channel(self.base, self.groups, self.out_channels))
+        self.table, self.float_table = (
+            self._table(by_channel(each.movedim(1, 0), self.groups, self.out_channels))
+            for each in (self.table, self.float_table)
+        )
+
+    def _blocked(self, values: Tensor) -> Tensor:
+        return torch.from_numpy(by_block(values.numpy(), self.groups, BLOCK))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode.
+
+        Raises:
+            ModelError: for any other.
+        """
+        if mode:
+            raise ModelError("a packed model has no latent weights to train: train the converted model, and pack it again")
+        return super().train(mode)
+
+
+def _own(scale: Tensor | None, offset: Tensor | None, bias: Tensor | None, sums: Tensor) -> Tensor:
+    return per_channel(sums, scale, offset, bias)
+
+
+def _centre(levels: Levels) -> int:
+    """Return z for which ``step / 2 * (2 u - n + z)`` is what the code u stands for, see layout.py."""
+    highest: int = 2**levels.bits - 1
+    return highest + 2 * levels.lowest // levels.step

@@ -1,0 +1,428 @@
+"""A packed model beside the converted one: the same values, the same class, and what is said of each layer."""
+
+import copy
+import io
+import pickle
+import threading
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import qconvert
+from qconvert import InputError, ModelError, binarize, pack
+from qconvert.example import tensors_in
+from qconvert.packed import layer as packed_layer
+from qconvert.packed import obstacles, operators
+from qconvert.packed.bit_conv import BitConv3d
+
+BINARY = {
+    "rule": [{"weight": {"quantizer": "sign", "scale": "channel"}, "input": {"quantizer": "sign", "threshold": "auto"}}]
+}
+
+
+@pytest.fixture
+def packs_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack layers of a few channels too, which would be faster in float."""
+    monkeypatch.setattr(obstacles, "LEAST_PRODUCTS", 0)
+
+
+class Block(nn.Module):
+    """What is around a convolution in a residual network."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv3d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm3d(channels), nn.ReLU()
+        )
+        self.conv2 = nn.Sequential(nn.Conv3d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm3d(channels))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv2(self.conv1(x)) + x)
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Give BatchNorms statistics and factors, of both signs, as a training does."""
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm3d):
+                if norm.track_running_stats:
+                    norm.running_mean.normal_(0, 0.3)
+                    norm.running_var.uniform_(0.5, 2)
+                if norm.affine:
+                    norm.weight.normal_()
+                    norm.bias.normal_(0, 0.3)
+    return model.eval()
+
+
+def converted(model: nn.Module, rules: Any = BINARY) -> nn.Module:
+    return binarize(trained(model), rules, report=False)
+
+
+def clip(channels: int = 64) -> Tensor:
+    return torch.randn(2, channels, 3, 6, 5)
+
+
+def given(packed: nn.Module) -> list[tuple[tuple[str, ...], str]]:
+    return [(each.takes_in, each.gives) for each in packed.summary().layers]
+
+
+@torch.no_grad()
+def assert_same(packed: nn.Module, model: nn.Module, x: Tensor) -> None:
+    assert_close(packed(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_is_two_passes_and_hands_bits_on() -> None:
+    model, x = converted(nn.Sequential(Block(), Block())), clip()
+    packed = pack(model, x)
+    norm_relu, added = ("BatchNorm3d", "ReLU"), ("BatchNorm3d", "add", "ReLU")
+    assert given(packed) == [(norm_relu, "bits"), (added, "floats, bits"), (norm_relu, "bits"), (added, "floats")]
+    assert_same(packed, model, x)
+    assert type(packed).__name__ == "Sequential"
+    assert packed.summary().difference < 1e-5
+
+
+def test_the_converted_model_is_as_it_was() -> None:
+    model = converted(Block()).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pack(model, clip())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert model.training
+    model(clip()).sum().backward()
+    assert model.conv1[0].weight.grad.abs().sum() > 0
+
+
+def test_latent_weights_are_gone() -> None:
+    packed = pack(converted(Block()))
+    held = sum(tensor.numel() * tensor.itemsize for tensor in (*packed.parameters(), *packed.buffers()))
+    latent = 2 * 64 * 64 * 27 * 4
+    assert held < latent / 16
+
+
+class Between(nn.Module):
+    """Two binary convolutions with an operation between them."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv3d(64, 64, 3, padding=1) for _ in range(2))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("between", "taken"),
+    [
+        (nn.Identity(), ("Identity",)),
+        (nn.BatchNorm3d(64), ("BatchNorm3d",)),
+        (nn.ReLU(inplace=True), ("ReLU",)),
+        (nn.LeakyReLU(0.2), ("LeakyReLU",)),
+        (nn.LeakyReLU(-0.2), ("LeakyReLU",)),
+        (nn.PReLU(), ("PReLU",)),
+        (nn.PReLU(64), ("PReLU",)),
+        (nn.Dropout3d(0.5), ("Dropout3d",)),
+        (nn.Sequential(nn.BatchNorm3d(64), nn.PReLU(64)), ("BatchNorm3d", "PReLU")),
+        (nn.Sequential(nn.BatchNorm3d(64, affine=False), nn.ReLU()), ("BatchNorm3d", "ReLU")),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm3d(64)), ("ReLU",)),
+        (nn.BatchNorm3d(64, track_running_stats=False), ()),
+        (nn.Sigmoid(), ()),
+        (nn.MaxPool3d(3, 1, 1), ()),
+    ],
+    ids=str,
+)
+def test_what_follows_is_taken_in_where_it_has_the_form(between: nn.Module, taken: tuple[str, ...]) -> None:
+    for parameter in between.parameters():
+        nn.init.normal_(parameter)
+    model, x = converted(Between(between)), clip()
+    packed = pack(model)
+    hands_on = len(taken) == (len(between) if isinstance(between, nn.Sequential) else 1)
+    assert given(packed)[0] == (taken, "bits" if hands_on else "floats")
+    assert_same(packed, model, x)
+
+
+def test_bits_that_nobody_else_reads_are_those_of_the_model_without_any_rounding() -> None:
+    """BatchNorm and thresholds put many sums right at the turn: one comparison that rounded otherwise would show."""
+    model = converted(Between(nn.Sequential(nn.BatchNorm3d(64), nn.ReLU())))
+    with torch.no_grad():
+        norm, reader = model.between[0], model.second.activation
+        model.first.scale.fill_(0.1)
+        model.first.offset.zero_()
+        model.first.bias.zero_()
+        model.second.bias.zero_()
+        norm.running_mean.fill_(0.7)
+        norm.running_var.fill_(0.9)
+        norm.weight.copy_(torch.where(torch.arange(64) % 2 == 0, 1.1, -1.1))
+        norm.bias.fill_(0.3)
+        sums = torch.arange(64.0) * 4 - 128
+        at_turn = norm((sums * 0.1).view(1, 64, 1, 1, 1)).flatten()
+        reader.threshold.copy_(at_turn.clamp(min=0))
+    packed = pack(model)
+    assert given(packed)[0] == (("BatchNorm3d", "ReLU"), "bits")
+    x = torch.randn(4, 64, 6, 12, 12)
+    with torch.no_grad():
+        assert torch.equal(packed(x), model(x))
+
+
+class Written(nn.Module):
+    """A forward in functions."""
+
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(64, 64, 3, padding=1), nn.BatchNorm3d(64)
+        self.other, self.third = nn.Conv3d(64, 64, 1), nn.Conv3d(64, 64, 1)
+        self.code = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, x)
+
+
+def add_in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    y += x
+    return F.relu(y)
+
+
+def add_to_the_argument(m: Any, x: Tensor) -> Tensor:
+    x = x * 2
+    x += m.conv(x)
+    return x.relu()
+
+
+def add_number(m: Any, x: Tensor) -> Tensor:
+    return m.conv(x) + 1
+
+
+def add_to_itself(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    return y + y
+
+
+def add_with_factor(m: Any, x: Tensor) -> Tensor:
+    return torch.add(m.conv(x), x, alpha=2)
+
+
+def add_two(m: Any, x: Tensor) -> Tensor:
+    return torch.relu(m.conv(x) + m.other(x))
+
+
+def add_three(m: Any, x: Tensor) -> Tensor:
+    return m.conv(x) + x + x
+
+
+def add_wider(m: Any, x: Tensor) -> Tensor:
+    return m.conv(x[:, :, :1]) + x
+
+
+def add_narrower(m: Any, x: Tensor) -> Tensor:
+    return F.relu(m.conv(x) + x.mean((2, 3, 4), keepdim=True))
+
+
+def twice(m: Any, x: Tensor) -> Tensor:
+    return F.relu(m.conv(F.relu(m.conv(x))))
+
+
+def read_twice(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    return F.relu(y) * y
+
+
+def norm_twice(m: Any, x: Tensor) -> Tensor:
+    return m.norm(m.norm(m.conv(x)))
+
+
+def two_readers(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.conv(x))
+    return m.other(y) + y
+
+
+def same_as_residual(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    return m.other(y) + y
+
+
+def add_to_what_a_view_shows(m: Any, x: Tensor) -> Tensor:
+    z = x * 2
+    view = z[:, :32]
+    z += m.conv(z)
+    return z[:, :32] + view
+
+
+def two_packed_readers(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.conv(x))
+    return m.other(y) + m.third(y)
+
+
+FORWARDS = [
+    add_in_place, add_to_the_argument, add_number, add_to_itself, add_with_factor, add_two, add_three, add_wider,
+    add_narrower, add_to_what_a_view_shows, two_packed_readers, twice, read_twice, norm_twice, two_readers, same_as_residual,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda each: each.__name__)
+def test_any_way_of_writing_it_gives_the_same(forward: Any) -> None:
+    model, x = converted(Written(forward)), clip()
+    before = x.clone()
+    assert_same(pack(model), model, x)
+    assert torch.equal(x, before)
+
+
+def test_hooks_run_and_keep_what_they_see_apart() -> None:
+    model, seen = converted(Block()), []
+    hook = lambda module, inputs, output: seen.append(output)  # noqa: E731
+    model.conv1[1].register_forward_hook(hook)
+    model.conv2[0].register_forward_hook(hook)
+    packed = pack(model)
+    assert given(packed) == [((), "floats"), ((), "floats")]
+    assert_same(packed, model, clip())
+    assert_close(seen[:2], seen[2:])
+
+
+def test_a_part_that_cannot_be_followed_is_packed_layer_by_layer() -> None:
+    class Opaque(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > -1e9 else x  # which a graph would not tell
+
+    model, x = converted(nn.Sequential(Opaque(), Block())), clip()
+    packed = pack(model)
+    assert packed.summary().opaque.keys() == {"0"}
+    assert "Layer by layer: 0: " in str(packed.summary())
+    assert given(packed)[2] == (("BatchNorm3d", "ReLU"), "bits")
+    assert_same(packed, model, x)
+
+
+def test_layers_that_stay_are_named_with_their_reason() -> None:
+    rules = {"rule": [*BINARY["rule"], {"layers": "0.*", "input": "identity"}]}
+    model = converted(nn.Sequential(Block(), Block()), rules)
+    packed = pack(model)
+    text = packed.summary().to_text()
+    assert "Packed: 2 of 4 converted layers run on bits." in text
+    assert [each.reason for each in packed.summary().layers][::2] == [
+        "its input is in float, or its quantizer 'identity' has no codes that can be compared",
+        None,
+    ]
+    assert_same(packed, model, clip())
+
+
+def test_without_numba_it_says_so_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = converted(nn.Sequential(Block(), Block())), clip()
+    compiled = pack(model)(x)
+    monkeypatch.setattr(operators, "kernel", None)
+    packed = pack(model)
+    assert "pip install qconvert[cpu]" in str(packed.summary())
+    assert torch.equal(packed(x), compiled)
+
+
+@pytest.mark.usefixtures("packs_any_size")
+@pytest.mark.parametrize("entry", models.TRAPS, ids=lambda entry: entry.name)
+def test_every_trap_gives_the_same(entry: models.Entry) -> None:
+    models.seeded()
+    model = binarize(entry.build().eval(), BINARY, report=False)
+    packed = pack(model)
+    for _ in range(entry.calls):
+        outputs = []
+        for each in (model, packed):
+            models.seeded()
+            with torch.no_grad():
+                outputs.append(tensors_in(models.run(each, entry.inputs())))
+        assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_copied_pickled_and_saved() -> None:
+    packed, x = pack(converted(nn.Sequential(Block(), Block()))), clip()
+    expected = packed(x)
+    file = io.BytesIO()
+    torch.save(packed, file)
+    file.seek(0)
+    for same in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), torch.load(file, weights_only=False)):  # noqa: S301
+        assert torch.equal(same(x), expected)
+        assert str(same.summary()) == str(packed.summary())
+        assert type(same[0].conv1[0]) is BitConv3d
+
+
+def test_a_pickle_of_a_machine_with_other_vectors_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = converted(nn.Sequential(Block(), Block())), clip()
+    expected = pack(model)(x)
+    monkeypatch.setattr(operators, "BLOCK", 8)
+    monkeypatch.setattr(packed_layer, "BLOCK", 8)
+    pickled = pickle.dumps(pack(model))
+    monkeypatch.undo()
+    assert torch.equal(pickle.loads(pickled)(x), expected)  # noqa: S301
+
+
+def test_it_runs_compiled() -> None:
+    packed, x = pack(converted(Block())), clip()
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), packed(x))
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    packed = pack(converted(nn.Sequential(Block(), Block())))
+    clips = [torch.randn(1, 64, 3, 5 + n, 5) for n in range(4)]
+    expected, found = [packed(x) for x in clips], {}
+
+    def work(n: int) -> None:
+        found[n] = [packed(clips[n]) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(each, expected[n]) for n in range(4) for each in found[n])
+
+
+def test_float_convolutions_run_in_another_dtype() -> None:
+    seen = []
+    model = nn.Sequential(nn.Conv3d(3, 64, 3, padding=1), nn.BatchNorm3d(64), nn.ReLU(), Block())
+    model = converted(model, {"rule": [{"min_in_channels": 4, **BINARY["rule"][0]}]})
+    packed, x = pack(model, dtype=torch.bfloat16), torch.randn(1, 3, 4, 8, 8)
+    packed[0].register_forward_hook(lambda module, inputs, output: seen.append(module.weight.dtype))
+    assert packed(x).dtype == torch.float32
+    assert seen == [torch.bfloat16]
+    in_float = pack(model, dtype=torch.float32)
+    assert (in_float(x) - model(x)).abs().mean() < 1e-2 * model(x).abs().mean()
+
+
+def test_without_a_batch_or_with_an_empty_one_it_runs_as_before() -> None:
+    model = converted(nn.Sequential(Between(nn.BatchNorm3d(64, affine=False)).first, nn.ReLU(), nn.Conv3d(64, 64, 3)))
+    packed = pack(model)
+    assert given(packed)[0] == (("ReLU",), "bits")
+    x = clip()
+    assert_same(packed, model, x[0])
+    assert_same(packed, model, x[:0])
+
+
+def test_half_precision_comes_in_and_goes_around() -> None:
+    model, x = converted(Block()), clip()
+    packed = pack(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found, expected = packed(x.bfloat16()), packed(x.bfloat16().float())
+    assert torch.equal(found, expected)
+
+
+def test_another_number_of_channels_is_an_error() -> None:
+    packed = pack(converted(Block()))
+    with pytest.raises(InputError, match=r"expects an input of shape \(N, 64, D, H, W\) .*, got \(2, 63, 3, 6, 5\)"):
+        packed(clip(63))
+
+
+def test_what_cannot_be_packed_is_an_error() -> None:
+    with pytest.raises(ModelError, match=r"no layer of this model is a QConv3d: pack a model that qconvert\.binarize"):
+        pack(Block())
+    with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module"):
+        pack("r3d_18")
+    with pytest.raises(InputError, match=r"does not run on the example input \(1, 2\)"):
+        pack(converted(Block()), torch.zeros(1, 2))
+
+
+def test_it_is_public() -> None:
+    assert qconvert.pack is pack

@@ -1,0 +1,42 @@
+"""Real models packed: the same outputs as the converted model's, and every layer that is left is left for a reason."""
+
+import pytest
+import torch
+from models import Entry, run, seeded
+from torch import nn
+from zoo import ZOO
+
+from qconvert import binarize, pack
+from qconvert.example import tensors_in
+from qconvert.packed import obstacles
+
+BINARY = {"rule": [{"weight": {"quantizer": "sign", "scale": "channel"}, "input": {"quantizer": "sign", "threshold": 0.1}}]}
+
+TOLERANCE = 1e-2
+"""Of the largest output, in the mean: a sign within rounding of its threshold may be another."""
+
+DRAWS = {"monai AutoencoderKL"}
+"""Their noise is drawn in the memory format of a layer's output, which packing changes."""
+
+
+def outputs(model: nn.Module, entry: Entry) -> list[torch.Tensor]:
+    seeded()
+    with torch.no_grad():
+        return tensors_in(run(model, entry.inputs()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+def test_a_packed_model_puts_out_what_the_converted_one_does(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    if entry.name in DRAWS:
+        pytest.skip("it draws noise")
+    monkeypatch.setattr(obstacles, "LEAST_PRODUCTS", 0)
+    seeded()
+    model = binarize(entry.build().eval(), BINARY, report=False)
+    packed = pack(model)
+    layers = packed.summary().layers
+    assert all(layer.reason is None or layer.reason for layer in layers)
+    for theirs, ours in zip(outputs(model, entry), outputs(packed, entry), strict=True):
+        if theirs.is_floating_point():
+            largest = theirs.double().nan_to_num().abs().max()
+            assert (ours.double() - theirs.double()).nan_to_num().abs().mean() <= TOLERANCE * largest
