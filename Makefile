@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz bench bench-conversion bench-step bench-shots bench-digits zoo docs clean
+.PHONY: demo test fuzz bench bench-conversion bench-step bench-packed bench-shots bench-digits zoo docs clean
 
 demo: $(VENV)/.demo ## convert the pretrained TransNetV2 and run it on its own video
 	$(BIN)/qconvert demo
@@ -26,6 +26,9 @@ bench-conversion: $(VENV)/.test
 bench-step: $(VENV)/.test
 	$(BIN)/python tests/bench/bench_step.py
 
+bench-packed: $(VENV)/.bench ## packed layers and models beside what a user would run instead
+	$(BIN)/python tests/bench/bench_packed.py
+
 bench-shots: $(VENV)/.test ## real trainings of pretrained TransNetV2, as tables: hours; goes on where it was interrupted
 	$(BIN)/python tests/bench/bench_tasks.py shots
 
@@ -47,6 +50,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
 
 clean:

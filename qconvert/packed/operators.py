@@ -233,25 +233,8 @@ def _(
 
 
 @packed_conv3d.register_fake
-def _(
-    words: Tensor,
-    weight: Tensor,
-    base: Tensor,
-    tap_sums: Tensor | None,
-    table: Tensor,
-    residual: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    border: Sequence[int],
-    dilation: Sequence[int],
-    channels: int,
-    group_inputs: int,
-    weight_planes: int,
-    sum_factor: int,
-    border_factor: int,
-    has_values: bool,
-    following: Sequence[int] | None,
-) -> list[Tensor]:
+def _(words: Tensor, weight: Tensor, base: Tensor, tap_sums: Tensor | None, table: Tensor, *rest: Any) -> list[Tensor]:
+    _, kernel_size, stride, _, dilation, channels, *_, has_values, following = rest
     samples, size = _sizes(words, kernel_size, stride, dilation)
     found = []
     if has_values:
