@@ -27,6 +27,9 @@ from .roles import RegionGraph, roles_of
 from .sites import Opaque, Overwrite, Site
 from .tracer import NamingTracer, attributes_kept
 
+PACKED = "_qconvert_packed"
+"""The attribute that marks a model without latent weights."""
+
 _LONE = "conv"
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -89,6 +92,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if PACKED in vars(model):
+        raise ModelError("a packed model is only run: pass the model that it was packed from; packed.summary() tells of it")
     return model
 
 

@@ -12,7 +12,7 @@ from ..errors import InputError, ModelError
 from ..example import arguments, copied_inputs, does_not_run, tensors_in
 from ..layers import QConv3d, QConv3d_NoAct
 from ..modes import preserved_modes
-from ..trace import copied, unwrapped
+from ..trace import PACKED, copied, unwrapped
 from . import operators
 from .bit_conv import BitConv3d, pack_layer
 from .fusing import fuse
@@ -63,7 +63,7 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
     layers = tuple(_described(names[layer], layer, precisions[layer], reason) for layer, reason in reasons.items())
     difference = None if example_inputs is None else _difference(plain, packed, example_inputs)
     summary = Summary(layers, opaque, is_compiled, difference)
-    vars(packed)["summary"] = partial(_this, summary)
+    vars(packed).update({PACKED: True, "summary": partial(_this, summary)})
     return packed
 
 

@@ -415,6 +415,23 @@ def test_another_number_of_channels_is_an_error() -> None:
         packed(clip(63))
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        pack,
+        lambda model: binarize(model, BINARY, report=False),
+        lambda model: qconvert.plan(model, BINARY),
+        lambda model: qconvert.profile(model, clip()),
+        lambda model: qconvert.diagnose(model, clip()),
+        lambda model: qconvert.save(model, "never.safetensors"),
+    ],
+    ids=["pack", "binarize", "plan", "profile", "diagnose", "save"],
+)
+def test_what_needs_latent_weights_says_so(use: Any) -> None:
+    with pytest.raises(ModelError, match="a packed model is only run: pass the model that it was packed from"):
+        use(pack(converted(Block())))
+
+
 def test_what_cannot_be_packed_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"no layer of this model is a QConv3d: pack a model that qconvert\.binarize"):
         pack(Block())
