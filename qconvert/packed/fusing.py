@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -36,9 +36,10 @@ def fuse(model: nn.Module, *, folds_floats: bool) -> dict[str, str]:
         folds_floats: whether float convolutions take in the BatchNorm behind them: they round otherwise then.
     """
     obstacles: dict[str, str] = {}
+    names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for name, graph in list(_regions("", model, obstacles)):
         region = model.get_submodule(name)
-        _fuse_region(region, graph, folds_floats=folds_floats)
+        _fuse_region(region, graph, names, folds_floats=folds_floats)
         for node in graph.nodes:
             if IN_PLACE in node.meta:
                 node.target, node.args = in_place, (node.meta[IN_PLACE], *node.args)
@@ -121,17 +122,22 @@ def _inline(node: fx.Node, inner: fx.Graph) -> None:
     node.graph.erase_node(node)
 
 
-def _fuse_region(region: nn.Module, graph: fx.Graph, *, folds_floats: bool) -> None:
+def _fuse_region(region: nn.Module, graph: fx.Graph, names: Counter[nn.Module], *, folds_floats: bool) -> None:
+    """Rewrite the graph of a region.
+
+    What comes after one call of a layer does not come after others, so that only layers with one call take it in: with one
+    node in the graph, and one name in the whole model (``names`` tells of how many there are).
+    """
     modules = dict(region.named_modules(remove_duplicate=False))
     calls = Counter(modules[node.target] for node in graph.nodes if node.op == "call_module")
+    alone = {module for module, count in calls.items() if count == names[module] == 1}
     layers = {
         node: modules[node.target]
         for node in graph.nodes
-        if node.op == "call_module" and isinstance(modules[node.target], PackedConv3d)
-        and calls[modules[node.target]] == 1  # what comes after one of its calls does not come after the others
-    }  # fmt: skip
+        if node.op == "call_module" and isinstance(modules[node.target], PackedConv3d) and modules[node.target] in alone
+    }
     for node in list(graph.nodes) if folds_floats else ():
-        _fold_norm(node, modules, calls)
+        _fold_norm(node, modules, alone)
     ends = {_take_in(node, layer, modules): layer for node, layer in layers.items()}
     for node, layer in ends.items():
         _hand_on(node, layer, ends)
@@ -156,13 +162,13 @@ def _take_in(node: fx.Node, layer: PackedConv3d, modules: _Modules) -> fx.Node:
     return node
 
 
-def _fold_norm(node: fx.Node, modules: _Modules, calls: Counter[nn.Module]) -> None:
+def _fold_norm(node: fx.Node, modules: _Modules, alone: Set[nn.Module]) -> None:
     """Fold the BatchNorm behind a float convolution into its weight."""
     after = next(iter(node.users), node)
     conv, norm = (modules[each.target] if each.op == "call_module" else None for each in (node, after))
     if not isinstance(conv, nn.Conv3d) or isinstance(conv, QConv3d_NoAct) or type(conv).forward is not nn.Conv3d.forward:
         return
-    is_alone = len(node.users) == calls[conv] == 1 and "weight" in conv._parameters
+    is_alone = len(node.users) == 1 and conv in alone and "weight" in conv._parameters
     if isinstance(norm, nn.BatchNorm3d) and _is_constant(norm) and is_alone and not _has_hooks(conv):
         factor, summand = _of_norm(norm)
         bias = 0.0 if conv.bias is None else conv.bias.detach().double()

@@ -58,7 +58,7 @@ def runs(input_planes: int, weight_planes: int, words: int, longest: int) -> NDA
     return np.array(found, np.int64)
 
 
-def arranged(codes: NDArray[np.int64], groups: int, input_planes: int, weight_planes: int, block: int) -> NDArray[np.int64]:
+def arranged(codes: NDArray[np.int32], groups: int, input_planes: int, weight_planes: int, block: int) -> NDArray[np.int64]:
     """Return the words of a weight in the order in which a tile reads them, [group, block][word][channel].
 
     Args:

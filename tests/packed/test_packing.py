@@ -298,6 +298,23 @@ def test_a_part_that_cannot_be_followed_is_packed_layer_by_layer() -> None:
     assert_same(packed, model, x)
 
 
+def test_a_layer_that_two_parts_share_takes_in_what_follows_in_neither() -> None:
+    class Opaque(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Block(), Block()
+            self.two.conv1[0] = self.one.conv1[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x)) if float(x.sum()) > -1e9 else x
+
+    model = converted(Opaque())
+    packed = pack(model)
+    added = ("BatchNorm3d", "add", "ReLU")
+    assert [each.takes_in for each in packed.summary().layers] == [(), added, added]
+    assert_same(packed, model, clip())
+
+
 def test_layers_that_stay_are_named_with_their_reason() -> None:
     rules = {"rule": [*BINARY["rule"], {"layers": "0.*", "input": "identity"}]}
     model = converted(nn.Sequential(Block(), Block()), rules)
