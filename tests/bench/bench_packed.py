@@ -142,6 +142,7 @@ def torch_ao_int8(model: nn.Module, x: Tensor) -> Callable[[], object]:
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
     with torch.inference_mode(mode=False), torch.no_grad():
+        model, x = copy.deepcopy(model), x.clone()
         prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), (x,))
         prepared(x)
         return partial(convert_fx(prepared), x)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qconvert.packed.compiled.tile import COUNTS_WORDS, SHAPE
@@ -25,7 +26,8 @@ def _turns(typing_context: Any, count: Any, word: Any) -> Any:
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
         count, word = arguments
-        ctpop = b.module.declare_intrinsic("llvm.ctpop", [COUNTS])
+        name = f"llvm.ctpop.v{COUNTS.count}i{COUNTS.element.width}"
+        ctpop = cgutils.get_or_insert_function(b.module, ir.FunctionType(COUNTS, [COUNTS]), name)
         start = ir.Constant(WORDS, ir.Undefined)
         lanes = b.insert_element(start, word, ir.Constant(ir.IntType(32), 0))
         splat = b.shuffle_vector(lanes, start, ir.Constant(ir.VectorType(ir.IntType(32), SHAPE.lanes), [0] * SHAPE.lanes))

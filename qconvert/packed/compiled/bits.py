@@ -119,26 +119,37 @@ ARGUMENTS = len(Argument)
 
 
 @njit(cache=True, inline="always")
-def _pack_word(a, values, table, present, spare, found, bits):
-    """Set the bits of a word, one word for each plane, from at most 64 values of a position.
+def _piece(values, first, present, spare):
+    """Return the address of 16 values from the first on.
 
-    A last piece that is not whole is copied to where the rest of it is so low that its bits are 0.
+    Where there are fewer it is that of a copy, in which the rest is so low that its bits are 0.
     """
+    at = values + 4 * first
+    if present - first >= PIECE:
+        return at
+    for c in range(present - first):
+        copy_float(at + 4 * c, spare + 4 * c)
+    return spare
+
+
+@njit(cache=True, inline="always")
+def _sign_word(values, thresholds, present, spare):
+    """Return the signs of at most 64 values of a position as a word."""
+    word = 0
+    for first in range(0, present, PIECE):
+        word |= signs(_piece(values, first, present, spare), thresholds + 4 * first) << first
+    return word
+
+
+@njit(cache=True, inline="always")
+def _code_words(values, thresholds, spreads, settings, present, spare, found, bits):
+    """Set the bits of the codes of at most 64 values of a position, a word for each plane."""
     bits[:] = 0
-    for piece in range((present + PIECE - 1) // PIECE):
-        first = PIECE * piece
-        at = values + 4 * first
-        if present - first < PIECE:
-            for c in range(present - first):
-                copy_float(at + 4 * c, spare.ctypes.data + 4 * c)
-            at = spare.ctypes.data
-        thresholds, spreads = a[Argument.THRESHOLDS] + table + 4 * first, a[Argument.SPREADS] + table + 4 * first
-        if a[Argument.SETTINGS] == 0:
-            bits[0] |= signs(at, thresholds) << first
-        else:
-            codes(at, thresholds, spreads, a[Argument.SETTINGS], found.ctypes.data)
-            for p in range(bits.size):
-                bits[p] |= plane(found.ctypes.data, p) << first
+    for first in range(0, present, PIECE):
+        at = _piece(values, first, present, spare)
+        codes(at, thresholds + 4 * first, spreads + 4 * first, settings, found.ctypes.data)
+        for p in range(bits.size):
+            bits[p] |= plane(found.ctypes.data, p) << first
 
 
 @cache
@@ -148,20 +159,26 @@ def compiled() -> Any:
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def worker(pointer):
         a = carray(pointer, ARGUMENTS)
-        channels = a[Argument.GROUP_CHANNELS]
+        channels, groups, settings = a[Argument.GROUP_CHANNELS], a[Argument.GROUPS], a[Argument.SETTINGS]
         of_group = 4 * PIECE * ((channels + PIECE - 1) // PIECE)
         spare, found = np.full(PIECE, -np.inf, np.float32), np.zeros(PIECE, np.int32)
         bits = np.zeros(a[Argument.PLANES], np.int64)
         row = next_number(a.ctypes.data)
         while row < a[Argument.ROWS]:
-            x = a[Argument.X] + 4 * row * a[Argument.WIDTH] * a[Argument.GROUPS] * channels
+            x = a[Argument.X] + 4 * row * a[Argument.WIDTH] * groups * channels
             out = a[Argument.OUTPUT] + read_word(a[Argument.ROW_OFFSETS] + 8 * row)
-            for place in range(a[Argument.WIDTH] * a[Argument.GROUPS]):
-                table = of_group * (place % a[Argument.GROUPS])
+            for place in range(a[Argument.WIDTH] * groups):
                 for first in range(0, channels, WORD):
-                    _pack_word(a, x + 4 * first, table + 4 * first, min(WORD, channels - first), spare, found, bits)
-                    for p in range(bits.size):
-                        write_word(out + p * a[Argument.PLANE_BYTES], bits[p])
+                    values, present = x + 4 * first, min(WORD, channels - first)
+                    table = of_group * (place % groups) + 4 * first
+                    thresholds = a[Argument.THRESHOLDS] + table
+                    if settings == 0:
+                        write_word(out, _sign_word(values, thresholds, present, spare.ctypes.data))
+                    else:
+                        spreads = a[Argument.SPREADS] + table
+                        _code_words(values, thresholds, spreads, settings, present, spare.ctypes.data, found, bits)
+                        for p in range(bits.size):
+                            write_word(out + p * a[Argument.PLANE_BYTES], bits[p])
                     out += 8
                 x += 4 * channels
             row = next_number(a.ctypes.data)
