@@ -17,6 +17,7 @@ from ..tracer import IN_PLACE
 from .bit_conv import BitConv3d
 from .epilogue import Epilogue
 from .layer import PackedConv3d
+from .obstacles import has_hooks
 
 _Modules = Mapping[Any, nn.Module]
 """The modules of a region by what the nodes of its graph say."""
@@ -73,21 +74,17 @@ def _is_worth_inlining(module: nn.Module) -> bool:
     return is_sequence or any(isinstance(inner, nn.Conv3d) for inner in module.modules())
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _inlined(module: nn.Module, graph: fx.Graph, left: list[str]) -> fx.Graph:
     """Put the forwards of the module's children into its graph, and note the names of those that are left as they are."""
     for node in list(graph.nodes):
         if node.op != "call_module":
             continue
         child = module.get_submodule(node.target)
-        if isinstance(child, BitConv3d) and child.is_plain and not _has_hooks(child) and not node.kwargs:
+        if isinstance(child, BitConv3d) and child.is_plain and not has_hooks(child) and not node.kwargs:
             node.target = f"{node.target}.packed"
         elif not isinstance(child, nn.Conv3d) and _is_worth_inlining(child):
             own = own_forward(child)
-            if own.obstacle is None and _is_plain(own.graph) and not _has_hooks(child):
+            if own.obstacle is None and _is_plain(own.graph) and not has_hooks(child):
                 inner: list[str] = []
                 _inline(node, _inlined(child, own.graph, inner))
                 left += [f"{node.target}.{each}" for each in inner]
@@ -169,7 +166,7 @@ def _fold_norm(node: fx.Node, modules: _Modules, alone: Set[nn.Module]) -> None:
     if not isinstance(conv, nn.Conv3d) or isinstance(conv, QConv3d_NoAct) or type(conv).forward is not nn.Conv3d.forward:
         return
     is_alone = len(node.users) == 1 and conv in alone and "weight" in conv._parameters
-    if isinstance(norm, nn.BatchNorm3d) and _is_constant(norm) and is_alone and not _has_hooks(conv):
+    if isinstance(norm, nn.BatchNorm3d) and _is_constant(norm) and is_alone and not has_hooks(conv):
         factor, summand = _of_norm(norm)
         bias = 0.0 if conv.bias is None else conv.bias.detach().double()
         dtype = conv.weight.dtype
@@ -181,16 +178,14 @@ def _fold_norm(node: fx.Node, modules: _Modules, alone: Set[nn.Module]) -> None:
 
 def _is_constant(norm: nn.BatchNorm3d) -> bool:
     """Whether a BatchNorm multiplies and adds what no input changes, and nothing else happens there."""
-    is_plain = type(norm).forward is nn.BatchNorm3d.forward and not _has_hooks(norm)
+    is_plain = type(norm).forward is nn.BatchNorm3d.forward and not has_hooks(norm)
     return is_plain and norm.running_mean is not None and norm.running_var is not None
 
 
 def _title(node: fx.Node, modules: _Modules) -> str:
-    return (
-        type(modules[node.target]).__name__
-        if node.op == "call_module"
-        else getattr(node.target, "__name__", str(node.target))
-    )
+    if node.op == "call_module":
+        return type(modules[node.target]).__name__
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def _added_to(value: fx.Node, node: fx.Node) -> fx.Node | None:
@@ -210,7 +205,7 @@ def _takes(epilogue: Epilogue, node: fx.Node, modules: _Modules) -> bool:
         is_relu = node.target in _RELU and len(node.args) == 1 and not set(node.kwargs) - {"inplace"}
         return is_relu and epilogue.bend(torch.zeros(1).double(), torch.relu)
     module = modules[node.target]
-    if _has_hooks(module) or len(node.args) != 1 or node.kwargs:
+    if has_hooks(module) or len(node.args) != 1 or node.kwargs:
         return False
     if isinstance(module, nn.BatchNorm3d):
         return _is_constant(module) and epilogue.scale(*_of_norm(module), module)

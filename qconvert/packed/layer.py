@@ -19,9 +19,10 @@ from ..quantizations.operators import Comparison
 from .codes import PIECE
 from .epilogue import Epilogue
 from .geometry import Window
+from .in_torch import by_channel
 from .layout import Row, arranged, by_block
 from .obstacles import comparison_of, input_levels, input_quantizer, twice_border_code
-from .operators import BLOCK, by_channel, pack_bits, packed_conv3d
+from .operators import BLOCK, pack_bits, packed_conv3d
 from .weights import quantized_weight
 
 _SINGLE = 4

@@ -33,7 +33,7 @@ def _reasons(layer: QConv3d) -> Iterator[str]:
     other_weight = own_weight(layer)
     if other_weight is not None:
         yield other_weight
-    if type(layer.activation) is not QActivation or _hooked(layer.activation, *layer.activation.children()):
+    if type(layer.activation) is not QActivation or has_hooks(layer.activation, *layer.activation.children()):
         yield "its activation is of another class, or has hooks"
     if not _has_codes(inputs):
         yield f"its input is in float, or its quantizer {inputs.name!r} has no codes that can be compared"
@@ -85,5 +85,6 @@ def _has_codes(quantizer: Quantization) -> bool:
     return is_uniform or comparison_of(quantizer) is not None
 
 
-def _hooked(*modules: nn.Module) -> bool:
+def has_hooks(*modules: nn.Module) -> bool:
+    """Return whether one of the modules has forward hooks, which see what lies between operations."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .codes import WORD, weighted, words_of
+from . import in_torch
+from .codes import WORD
 from .geometry import Geometry, Window, geometry
-from .layout import by_block, pairs
+from .layout import by_block
 
 try:
     from .compiled import kernel
-except ImportError:  # numba is an extra: the same results in torch's operations, which `PackedModel.summary` says
+except ImportError:  # numba is an extra: the same results in torch's operations, as `packed.summary()` says
     kernel = None  # type: ignore[assignment]
 
 BLOCK = 32 if kernel is None else kernel.BLOCK
@@ -59,22 +59,21 @@ def _pack_bits(
     where = _geometry_of_input(samples, channels, size, border, groups)
     if kernel is not None and x.device.type == "cpu":
         return kernel.pack(x, thresholds, spreads, settings, planes, where, groups)
-    values = torch.unflatten(x.permute(0, 2, 3, 4, 1), -1, (groups, channels // groups))
-    thresholds, spreads = thresholds[:, : channels // groups], spreads[:, : channels // groups]
-    if settings is None:
-        codes = (~(values < thresholds)).long()
-    else:
-        divisor, factor, lowest, highest = settings
-        units = (values - thresholds) / spreads
-        codes = (torch.round(torch.clamp(units / divisor * factor, lowest, highest)) - lowest).long()
-    words = words_of(codes, planes)
-    return F.pad(words, (0, 0, 0, 0, *border))
+    return in_torch.packed(x, thresholds, spreads, settings, planes, border, groups)
 
 
 def _geometry_of_input(samples: int, channels: int, size: Sequence[int], border: Sequence[int], groups: int) -> Geometry:
     """Return the geometry of a packed input, whatever kernel reads it."""
-    window = Window.of((1, 1, 1), (1, 1, 1), border, (1, 1, 1))
-    return geometry(window, samples, tuple(size), groups, -(-channels // groups // WORD))
+    return geometry(_reading(border), samples, tuple(size), groups, -(-channels // groups // WORD))
+
+
+_NO_BORDER = (0,) * 6
+"""Of words: theirs is in their sizes."""
+
+
+def _reading(border: Sequence[int]) -> Window:
+    """Return a window that reads one position at a time of an input with this border."""
+    return Window.of((1, 1, 1), (1, 1, 1), border, (1, 1, 1))
 
 
 def _with_border(base: Tensor, tap_sums: Tensor, factor: int, where: Geometry, groups: int) -> Tensor:
@@ -95,63 +94,6 @@ _bases: Any = WeakIdKeyDictionary()
 def _geometry_of_words(words: Tensor, window: Window) -> Geometry:
     _, samples, *padded, groups, per_group = words.shape
     return geometry(window, samples, window.inner(padded), groups, per_group)
-
-
-def _totals(
-    words: Tensor,
-    weight: Tensor,
-    bases: Tensor,
-    where: Geometry,
-    channels: int,
-    group_inputs: int,
-    planes: tuple[int, int],
-    sum_factor: int,
-) -> Tensor:
-    """Return the whole numbers that the compiled worker finds, in torch's own operations, shape (N, O, D', H', W')."""
-    groups, window = words.shape[-2], where.window
-    inputs = weighted(list(words), group_inputs).flatten(-2).movedim(-1, 1)
-    of_weight = _weight(weight, planes, where, groups, channels // groups, group_inputs)
-    largest = (2 ** planes[0] - 1) * (2 ** planes[1] - 1)
-    values = group_inputs * math.prod(window.kernel)
-    exact = torch.float32 if values * largest < 2**24 else torch.float64
-    moved = (None, window.stride, 0, window.dilation, groups)
-    sums = F.conv3d(inputs.to(exact), of_weight.to(exact), *moved)
-    base = by_channel(bases, groups, channels)[torch.from_numpy(where.classes) if len(bases) > 1 else 0]
-    base = base.T.view(channels, where.batch, *where.outputs).movedim(1, 0) if len(bases) > 1 else base.view(-1, 1, 1, 1)
-    totals: Tensor = sums.long() - values * largest + base
-    if not sum_factor:
-        return totals
-    ones = torch.ones_like(of_weight[:groups]).to(exact)
-    codes = (F.conv3d(inputs.to(exact), ones, *moved).long() + values * (2 ** planes[0] - 1)) // 2
-    of_group: Tensor = sum_factor * codes.repeat_interleave(channels // groups, 1)
-    return totals + of_group
-
-
-def _weight(
-    weight: Tensor, planes: tuple[int, int], where: Geometry, groups: int, group_channels: int, group_inputs: int
-) -> Tensor:
-    """Return ``2 u - n`` for each code u of a weight, float32 (O, C / groups, kD, kH, kW)."""
-    order = [plane for _, of_level in pairs(*planes) for _, plane in of_level]
-    by_pair = torch.unflatten(weight, 1, (len(order), -1, where.words)).movedim(
-        -1, 1
-    )  # [group, block][channel][pair][tap][word]
-    values = weighted([by_pair[:, :, order.index(plane)] for plane in range(planes[1])], group_inputs)
-    outputs = torch.unflatten(values, 0, (groups, -1)).flatten(1, 2)[:, :group_channels].flatten(0, 1)
-    return torch.unflatten(outputs.movedim(-1, 1), -1, where.window.kernel)
-
-
-def _after(totals: Tensor, table: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the values that a table makes of the sums, and their bits."""
-    factor, summand, slope, last, threshold = (row.view(-1, 1, 1, 1) for row in table)
-    values = totals.float() * factor + summand
-    values = values if residual is None else values + residual
-    values = torch.where(values > 0, values, values * slope) + last
-    return values, ~(values < threshold)
-
-
-def by_channel(values: Tensor, groups: int, channels: int) -> Tensor:
-    """Return values [...][group, block][channel of the block] as (..., O)."""
-    return torch.unflatten(values, -2, (groups, -1)).flatten(-2)[..., : channels // groups].flatten(-2)
 
 
 def _packed_conv3d(
@@ -202,12 +144,8 @@ def _packed_conv3d(
     groups, planes = words.shape[-2], (len(words), weight_planes)
     bases = base[None] if tap_sums is None else _with_border(base, tap_sums, border_factor, where, groups)
     if kernel is None or words.device.type != "cpu":
-        totals = _totals(words, weight, bases, where, channels, group_inputs, planes, sum_factor)
-        values, above = _after(totals, by_channel(table.movedim(1, 0), groups, channels), residual)
-        found = [values] if has_values else []
-        if following is not None:
-            found.append(F.pad(words_of(above.long().movedim(1, -1).unsqueeze(-2), 1), (0, 0, 0, 0, *following)))
-        return found
+        totals = in_torch.totals(words, weight, bases, where, channels, group_inputs, planes, sum_factor)
+        return in_torch.finished(totals, table, residual, groups, has_values=has_values, following=following)
     sums = kernel.window_sums(words, where) * sum_factor if sum_factor else None
     after = None if following is None else _geometry_of_input(where.batch, channels, where.outputs, following, 1)
     return kernel.convolve(
@@ -235,7 +173,7 @@ def _(
 @packed_conv3d.register_fake
 def _(words: Tensor, weight: Tensor, base: Tensor, tap_sums: Tensor | None, table: Tensor, *rest: Any) -> list[Tensor]:
     _, kernel_size, stride, _, dilation, channels, *_, has_values, following = rest
-    samples, size = _sizes(words, kernel_size, stride, dilation)
+    samples, size = words.shape[1], Window.of(kernel_size, stride, _NO_BORDER, dilation).outputs_of(words.shape[2:5])
     found = []
     if has_values:
         found.append(table.new_empty((samples, *size, channels)).movedim(-1, 1))
@@ -244,18 +182,10 @@ def _(words: Tensor, weight: Tensor, base: Tensor, tap_sums: Tensor | None, tabl
     return found
 
 
-def _sizes(
-    words: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, list[int]]:
-    """Return samples and D', H', W' of the output."""
-    axes = zip(words.shape[2:5], kernel_size, stride, dilation, strict=True)
-    return words.shape[1], [(size - apart * (taps - 1) - 1) // step + 1 for size, taps, step, apart in axes]
-
-
 def _empty_words(
     like: Tensor, planes: int, samples: int, channels: int, size: Sequence[int], border: Sequence[int], groups: int
 ) -> Tensor:
-    padded = [each + left + right for each, left, right in zip(size, border[-2::-2], border[::-2], strict=True)]
+    padded = _reading(border).padded(size)
     return like.new_empty((planes, samples, *padded, groups, -(-channels // groups // WORD)), dtype=torch.int64)
 
 
@@ -265,6 +195,5 @@ def _flops(
     dilation: Any, channels: int, group_inputs: int, *_: Any, **__: Any,
 ) -> Any:  # fmt: skip
     """Return 2 for each product of an input with a weight, as for a convolution in float."""
-    axes = zip(words[2:5], kernel_size, stride, dilation, strict=True)
-    size = [(each - apart * (taps - 1) - 1) // step + 1 for each, taps, step, apart in axes]
+    size = Window.of(kernel_size, stride, _NO_BORDER, dilation).outputs_of(words[2:5])
     return 2 * words[1] * math.prod(size) * channels * group_inputs * math.prod(kernel_size)

@@ -12,6 +12,7 @@ from ..errors import InputError, ModelError
 from ..example import arguments, copied_inputs, does_not_run, tensors_in
 from ..layers import QConv3d, QConv3d_NoAct
 from ..modes import preserved_modes
+from ..quantizations import Identity
 from ..trace import PACKED, copied, unwrapped
 from . import operators
 from .bit_conv import BitConv3d, pack_layer
@@ -74,16 +75,13 @@ def _reads_weights(model: nn.Module) -> bool:
     return any(name == "weight" and before != ("LOAD_FAST", "self") for before, (_, name) in steps)
 
 
-_FLOAT_BITS = 32
-
-
 def _this(summary: Summary) -> Summary:
     """Return the summary: what ``packed.summary()`` calls, as a function that can be pickled."""
     return summary
 
 
 def _precision(layer: QConv3d_NoAct) -> str:
-    activation = layer.activation.activation_function.bit_width if isinstance(layer, QConv3d) else _FLOAT_BITS
+    activation = layer.activation.activation_function.bit_width if isinstance(layer, QConv3d) else Identity.bit_width
     return f"W{layer._weight_quantize.bit_width}A{activation}"
 
 

@@ -21,7 +21,7 @@ BLOCK = CHANNELS
 """Output channels that are computed together."""
 
 _PIECES_PER_THREAD = 4
-"""Pieces of work: more than threads, which may not all be as fast, and few, for each costs a little."""
+"""Pieces of work of a block: more than threads, which may not all be as fast, and few, for each costs a little."""
 
 
 @cache
@@ -93,7 +93,7 @@ def convolve(
         a[place.BITS], a[place.BIT_OFFSETS] = bits.data_ptr(), following.inner.ctypes.data
         found.append(bits)
     tiles = -(-count // POSITIONS)
-    a[place.TILES] = max(1, tiles * len(weight) // (torch.get_num_threads() * _PIECES_PER_THREAD * len(weight)))
+    a[place.TILES] = max(1, tiles // (torch.get_num_threads() * _PIECES_PER_THREAD))
     run(convolving.compiled().address, a)
     return found
 
