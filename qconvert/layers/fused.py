@@ -6,7 +6,8 @@ formula written out is `QConv3d`'s own forward, which runs wherever this does no
 
 Where inputs and weights have 1 bit the convolution reads the input's bits b in place of the codes c = 2 b - 1:
 ``conv(c, w) = 2 conv(b, w) - sum(w)``, whole numbers, so exactly the same. A border of -1 then is one of 0, which is the
-convolution's own padding, and in the forward pass bits can be bytes (see byte_conv.py).
+convolution's own padding. On a CPU with numba the forward pass is not even a convolution of floats: it is that of packed
+models, which compares 64 bits at a time (see kernels/signs.py).
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
+from ..kernels.signs import is_worth_it, signs_conv3d
 from ..quantizations.operators import FORMULAS, Formula
-from .byte_conv import byte_conv3d, runs_in_bytes
 
 _INPUTS = 5
 """Place of the input quantizer's name behind input and weight."""
@@ -68,15 +69,19 @@ class _Step:
     dtype: torch.dtype
 
     @property
+    def is_binary(self) -> bool:
+        """Whether it is a convolution of signs with signs, whose border is -1."""
+        quantizers = (self.source.comparison, self.target.comparison)
+        return None not in quantizers and (self.geometry.pad_value == -1.0 or not any(self.geometry.border))
+
+    @property
     def convolves_bits(self) -> bool:
         """Whether the convolution reads the input's bits. In half precision their sums would not be exact.
 
         Not where the weight is the larger tensor: what that takes of it costs more than a copy of the input with a border.
         """
-        is_binary = self.source.comparison is not None and self.target.comparison is not None
-        is_padded = self.geometry.is_even and (self.geometry.pad_value == -1.0 or not any(self.geometry.border))
         is_worth_it = self.x.numel() > self.weight.numel() and self.dtype in {torch.float32, torch.float64}
-        return is_binary and is_padded and is_worth_it
+        return self.is_binary and self.geometry.is_even and is_worth_it
 
     @property
     def spread_in_weight(self) -> Tensor | None:
@@ -93,11 +98,18 @@ class _Step:
         units = torch.sub(self.x, 0 if self.threshold is None else _column(self.threshold), out=out)
         return units if self.spread is None else units.div_(_column(self.spread))
 
-    def quantized_weight(self, out: Tensor | None = None) -> Tensor:
-        """Return the quantized weight, in the memory of ``out`` where that can be."""
+    def quantized_weight(self) -> Tensor:
+        """Return the quantized weight, as a tensor of its own."""
         if self.target.comparison is not None:
-            return self.target.comparison.codes(self.weight, 0.0, torch.empty_like(self.weight) if out is None else out)
+            return self.target.comparison.codes(self.weight, 0.0, torch.empty_like(self.weight))
         return self.target.forward(self.weight, *self.weight_settings)
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """Return a quantized weight with scale and spread as factors: as those of gradients they would take more passes."""
+        factor = None if self.scale is None else _column(self.scale)[..., None]
+        if self.spread_in_weight is not None:
+            factor = (1.0 if factor is None else factor) / _column(self.spread_in_weight)
+        return weight if factor is None else weight * factor
 
     def padded_codes(self) -> tuple[Tensor, Sequence[int]]:
         """Return the input's codes with their border, and the padding that is left to the convolution."""
@@ -141,6 +153,9 @@ def _forward(
     quantizers = (inputs, input_settings, weights, weight_settings, window)
     settings = (*quantizers, stride, border, pad_value, dilation, groups)
     step = _step((x, weight, threshold, spread, scale), settings, _computes_in(x, weight))
+    output = _in_words(step, offset, bias) if step.is_binary else None
+    if output is not None:
+        return output
     if step.convolves_bits:
         output = _of_bits(step)
     else:
@@ -164,16 +179,28 @@ def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if is_cast else weight.dtype
 
 
+def _in_words(step: _Step, offset: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Return the layer's output, computed from words of 64 bits; None where that cannot be, or is no quicker."""
+    stride, border, _, dilation, groups = step.geometry
+    x = step.x if step.x.dim() == step.weight.dim() else step.x[None]
+    moved = (stride, border, dilation, groups)
+    given = (step.threshold, step.scale, offset, bias)
+    if any(each.dtype != torch.float32 for each in given if each is not None) or step.dtype != torch.float32:
+        return None
+    if not is_worth_it(x, step.weight, *moved):
+        return None
+    above = (step.source.comparison.becomes == 1, step.target.comparison.becomes == 1)  # type: ignore[union-attr]  # binary
+    output = signs_conv3d(x, step.weight, *given, *moved, above=above, memory_format=_memory_format(step))
+    return output if x is step.x else output[0]
+
+
 def _of_bits(step: _Step) -> Tensor:
     """Return the convolution of the codes, computed from their bits."""
-    stride, dilation, groups = step.geometry.stride, step.geometry.dilation, step.geometry.groups
-    if runs_in_bytes(step.x, step.weight, stride, step.geometry.left, dilation):
-        weight = step.target.comparison.bits(step.weight, 0.0).view(torch.int8).mul_(2).sub_(1)  # type: ignore[union-attr]
-        return byte_conv3d(step.bits(), weight, stride, step.geometry.left, dilation, groups, _memory_format(step))
     weight = step.quantized_weight()
     half_sum = weight.flatten(1).sum(1).mul_(-0.5)
     bits = step.bits(torch.empty_like(step.x))
-    return F.conv3d(bits, weight, half_sum, stride, step.geometry.left, dilation, groups).mul_(2)
+    geometry = step.geometry
+    return F.conv3d(bits, weight, half_sum, geometry.stride, geometry.left, geometry.dilation, geometry.groups).mul_(2)
 
 
 def _memory_format(step: _Step) -> torch.memory_format:
@@ -215,7 +242,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_threshold = -_per_channel_sum(grad_x) if of_threshold else None
         grad_x = (grad_x[0] if is_single else grad_x).to(step.x.dtype)
     if through.quantized is not None:
-        grad_weight, grad_scale = _of_weight(step, through.quantized, output_sum, through.weight)
+        grad_weight, grad_scale = _of_weight(step, through.quantized, output_sum, through.quantized_weight)
     grads = (grad_x, grad_weight, grad_threshold, None, grad_scale, output_sum, output_sum)
     wanted = (of_x, of_weight, of_threshold, False, of_scale, of_offset, of_bias)
     return *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)), *[None] * len(others)
@@ -230,19 +257,14 @@ class _Through(NamedTuple):
     codes: Tensor | None
     quantized: Tensor | None
     input: Tensor
-    weight: Tensor
+    quantized_weight: Tensor
 
 
 def _convolution_backward(step: _Step, grad_output: Tensor, *, of_codes: bool, of_weight: bool) -> _Through:
     geometry = step.geometry
     values, padding = (step.bits(torch.empty_like(step.x)), geometry.left) if step.convolves_bits else step.padded_codes()
-    # scale and spread as factors of the weight: as those of the gradients they would take more passes over more memory
     weight = step.quantized_weight()
-    if step.scale is not None:
-        weight.mul_(_column(step.scale)[..., None])
-    if step.spread_in_weight is not None:
-        weight.div_(_column(step.spread_in_weight))
-    tensors = (grad_output.to(step.dtype), values.to(step.dtype), weight.to(step.dtype), None)
+    tensors = (grad_output.to(step.dtype), values.to(step.dtype), step.scaled(weight).to(step.dtype), None)
     moved = (geometry.stride, padding, geometry.dilation, False, (0, 0, 0), geometry.groups)
     codes, quantized, _ = torch.ops.aten.convolution_backward(*tensors, *moved, (of_codes, of_weight, False))
     if codes is not None and values.shape != step.x.shape:
@@ -268,7 +290,7 @@ def _of_input(step: _Step, gradient: Tensor, scratch: Tensor) -> Tensor:
     return gradient.div_(_column(step.spread))
 
 
-def _of_weight(step: _Step, gradient: Tensor, output_sum: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
+def _of_weight(step: _Step, gradient: Tensor, output_sum: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the latent weight and the scale from that of the quantized weight, which is written over."""
     gradient = gradient.to(step.weight.dtype)
     if step.convolves_bits:
@@ -276,7 +298,7 @@ def _of_weight(step: _Step, gradient: Tensor, output_sum: Tensor, scratch: Tenso
         torch.add(-_column(output_sum)[..., None], gradient, alpha=2, out=gradient)
     of_scale = None
     if step.scale is not None:
-        of_scale = step.quantized_weight(_reused(scratch, gradient)).mul_(gradient).flatten(1).sum(1)
+        of_scale = quantized.mul_(gradient).flatten(1).sum(1)
         gradient.mul_(_column(step.scale)[..., None])
     if step.target.slope is not None:
         gradient.mul_(step.target.slope(step.weight.clone(), *step.weight_settings))

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InputError, ModelError
+from ..kernels.codes import in_pieces
+from ..kernels.geometry import Window
+from ..kernels.in_torch import by_channel
+from ..kernels.layout import Row, arranged, by_block
+from ..kernels.operators import BLOCK, pack_bits, packed_conv3d
 from ..layers import QActivation, QConv3d
 from ..layers.padding import padding_amounts
 from ..layers.qconv3d import per_channel
 from ..quantizations.levels import Levels
 from ..quantizations.operators import Comparison
-from .codes import PIECE
 from .epilogue import Epilogue
-from .geometry import Window
-from .in_torch import by_channel
-from .layout import Row, arranged, by_block
 from .obstacles import comparison_of, input_levels, input_quantizer, twice_border_code
-from .operators import BLOCK, pack_bits, packed_conv3d
 from .weights import quantized_weight
 
 _SINGLE = 4
@@ -81,18 +81,14 @@ class PackedConv3d(nn.Module):
 
     def _take_inputs(self, activation: QActivation, comparison: Comparison | None) -> None:
         levels = self.input_levels
-        channels = self.in_channels // self.groups
-
-        def by_group(values: Tensor | None, fill: float) -> Tensor:
-            """Return values per channel as (groups, channels of a group, rounded up to whole pieces)."""
-            given = torch.full((self.in_channels,), fill) if values is None else values.detach().float()
-            return F.pad(given.view(self.groups, channels), (0, -channels % PIECE), value=fill)
-
-        thresholds = by_group(activation.threshold, 0.0)
+        ones, zeros = torch.ones(self.in_channels), torch.zeros(self.in_channels)
+        thresholds = zeros if activation.threshold is None else activation.threshold.detach().float()
+        spreads = ones if activation.spread is None else activation.spread.detach().float()
+        thresholds, spreads = (in_pieces(each.expand(self.in_channels), self.groups) for each in (thresholds, spreads))
         if comparison is not None and comparison.becomes == 1:  # above the threshold, not at it
             thresholds = torch.nextafter(thresholds, torch.tensor(math.inf))
         self.register_buffer("thresholds", thresholds)
-        self.register_buffer("spreads", by_group(activation.spread, 1.0))
+        self.register_buffer("spreads", spreads)
         highest = levels.lowest + levels.count - 1
         settings = [levels.unit, float(levels.divisor), float(levels.lowest), float(highest)]
         self.register_buffer("settings", None if comparison is not None else torch.tensor(settings))

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..kernels.codes import WORD
+from ..kernels.operators import BLOCK
 from ..layers import QActivation, QConv3d, QConv3d_NoAct
 from ..layers.padding import padding_amounts
 from ..quantizations import LSQ, InputDoReFa, Quantization
 from ..quantizations.levels import Levels
 from ..quantizations.operators import FORMULAS, Comparison
 from ..quantizations.stored import bare
-from .codes import WORD
-from .operators import BLOCK
 from .weights import own_weight, quantized_weight
 
 MOST_BITS = 8

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..code import is_torchs, operations, reachable
 from ..errors import InputError, ModelError
 from ..example import arguments, copied_inputs, does_not_run, tensors_in
+from ..kernels import operators
 from ..layers import QConv3d, QConv3d_NoAct
 from ..modes import preserved_modes
 from ..quantizations import Identity
 from ..trace import PACKED, copied, unwrapped
-from . import operators
 from .bit_conv import BitConv3d, pack_layer
 from .fusing import fuse
 from .obstacles import no_packing

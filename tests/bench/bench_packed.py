@@ -22,7 +22,7 @@ from torchvision.models import video
 
 import qconvert
 from qconvert import QConv3d
-from qconvert.packed.compiled.tile import SHAPE
+from qconvert.kernels.compiled.tile import SHAPE
 from qconvert.packed.layer import PackedConv3d
 
 ROUNDS = 9

@@ -22,18 +22,21 @@ from kept import kept_bytes
 BAR = 1.05
 """Time and memory of a step in units of the float model's."""
 
+R3D_BAR = 0.85
+"""Time of a step of r3d_18, whose convolutions run forward in words."""
+
 ROUNDS = 9
 
 
 def main() -> int:
     """Print a table for each model; return 1 if the bar is missed."""
     warnings.simplefilter("ignore")
-    cases = {
-        "r3d_18, 2 x 3 x 8 x 56 x 56": (r3d_18, torch.randn(2, 3, 8, 56, 56)),
-        "r3d_18, 2 x 3 x 16 x 112 x 112": (r3d_18, torch.randn(2, 3, 16, 112, 112)),
-        "TransNetV2, 1 x 100 x 27 x 48 x 3": (transnet, torch.randint(0, 256, (1, 100, 27, 48, 3), dtype=torch.uint8)),
-    }
-    return max([compared(name, build().train(), x) for name, (build, x) in cases.items()])
+    frames = torch.randint(0, 256, (1, 100, 27, 48, 3), dtype=torch.uint8)
+    return max(
+        compared("r3d_18, 2 x 3 x 8 x 56 x 56", r3d_18().train(), torch.randn(2, 3, 8, 56, 56), R3D_BAR),
+        compared("r3d_18, 2 x 3 x 16 x 112 x 112", r3d_18().train(), torch.randn(2, 3, 16, 112, 112), R3D_BAR),
+        compared("TransNetV2, 1 x 100 x 27 x 48 x 3", transnet().train(), frames, BAR),
+    )
 
 
 def transnet() -> nn.Module:
@@ -42,7 +45,7 @@ def transnet() -> nn.Module:
     return qconvert.binarize(TransNetV2(device="cpu"), float_rules, report=False)
 
 
-def compared(title: str, model: nn.Module, x: Tensor) -> int:
+def compared(title: str, model: nn.Module, x: Tensor, bar: float) -> int:
     """Print what a step costs in each form of the model; return 1 if qconvert's misses the bar."""
     models = {
         "float": model,
@@ -55,8 +58,8 @@ def compared(title: str, model: nn.Module, x: Tensor) -> int:
     print(title)
     print(tabulate([row(time, kept) for time in times], ["a step of", "time", "lowest - highest", "ms", "kept", "MiB"]))
     memory = kept["qconvert, default rules"] / kept["float"]
-    reached = times[1].median <= BAR and memory <= BAR
-    print(f"bar: {BAR} x, {'reached' if reached else 'MISSED'}; {torch.get_num_threads()} threads\n")
+    reached = times[1].median <= bar and memory <= BAR
+    print(f"bar: time {bar} x, memory {BAR} x: {'reached' if reached else 'MISSED'}; {torch.get_num_threads()} threads\n")
     return 0 if reached else 1
 
 

@@ -10,7 +10,7 @@ from numba import carray, cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from qconvert.packed.compiled.tile import COUNTS_WORDS, SHAPE
+from qconvert.kernels.compiled.tile import COUNTS_WORDS, SHAPE
 
 CHAINS = SHAPE.positions * SHAPE.vectors
 """Sums side by side, as many as the kernel has."""

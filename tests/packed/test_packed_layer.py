@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from qconvert import ModelError, QConv3d, QConv3d_NoAct
-from qconvert.packed import operators
+from qconvert.kernels import operators
 from qconvert.packed.layer import PackedConv3d
 from qconvert.packed.obstacles import no_packing
 from qconvert.quantizations import LSQ, Identity, InputDoReFa, Sign, WeightDoReFa

@@ -16,8 +16,9 @@ from torch.testing import assert_close
 import qconvert
 from qconvert import InputError, ModelError, binarize, pack
 from qconvert.example import tensors_in
+from qconvert.kernels import operators
 from qconvert.packed import layer as packed_layer
-from qconvert.packed import obstacles, operators
+from qconvert.packed import obstacles
 from qconvert.packed.bit_conv import BitConv3d
 
 BINARY = {

@@ -17,7 +17,7 @@ PROGRAM = """
 import torch
 import torch.nn.functional as F
 from qconvert import QConv3d
-from qconvert.packed.compiled.tile import COUNTS_WORDS
+from qconvert.kernels.compiled.tile import COUNTS_WORDS
 from qconvert.packed.layer import PackedConv3d
 
 assert not COUNTS_WORDS

@@ -12,8 +12,7 @@ from numba.extending import intrinsic
 
 from ..codes import PIECE, WORD
 from .memory import copy_float, next_number, read_word, write_word
-
-_FLOATS, _INTS = ir.VectorType(ir.FloatType(), PIECE), ir.VectorType(ir.IntType(32), PIECE)
+from .vectors import FLOATS, INTS, float_splat, floats, splat
 
 
 @intrinsic
@@ -21,7 +20,7 @@ def signs(typing_context: Any, values: Any, thresholds: Any) -> Any:
     """Return where 16 float32 values are not below their thresholds, as 16 bits of an int64. Both are addresses."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        values, thresholds = (_floats(b, address) for address in arguments)
+        values, thresholds = (floats(b, address) for address in arguments)
         return b.zext(b.bitcast(b.fcmp_unordered(">=", values, thresholds), ir.IntType(PIECE)), ir.IntType(64))
 
     return types.int64(types.intp, types.intp), codegen
@@ -45,14 +44,16 @@ def codes(typing_context: Any, values: Any, thresholds: Any, spreads: Any, setti
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
         *vectors, settings, out = arguments
-        values, thresholds, spreads = (_floats(b, address) for address in vectors)
-        divisor, factor, lowest, highest = (_splat(b, b.add(settings, ir.Constant(ir.IntType(64), 4 * n))) for n in range(4))
+        values, thresholds, spreads = (floats(b, address) for address in vectors)
+        divisor, factor, lowest, highest = (
+            float_splat(b, b.add(settings, ir.Constant(ir.IntType(64), 4 * n))) for n in range(4)
+        )
         x = b.fmul(b.fdiv(b.fdiv(b.fsub(values, thresholds), spreads), divisor), factor)
         x = b.select(b.fcmp_ordered(">", x, lowest), x, lowest)
         x = b.select(b.fcmp_ordered("<", x, highest), x, highest)
-        rint = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS]), f"llvm.rint.v{PIECE}f32")
-        codes = b.fptosi(b.fsub(b.call(rint, [x]), lowest), _INTS)
-        b.store(codes, b.inttoptr(out, _INTS.as_pointer())).align = 4
+        rint = cgutils.get_or_insert_function(b.module, ir.FunctionType(FLOATS, [FLOATS]), f"llvm.rint.v{PIECE}f32")
+        codes = b.fptosi(b.fsub(b.call(rint, [x]), lowest), INTS)
+        b.store(codes, b.inttoptr(out, INTS.as_pointer())).align = 4
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5), codegen
@@ -64,28 +65,13 @@ def plane(typing_context: Any, codes: Any, bit: Any) -> Any:
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
         address, bit = arguments
-        value = b.load(b.inttoptr(address, _INTS.as_pointer()))
+        value = b.load(b.inttoptr(address, INTS.as_pointer()))
         value.align = 4
-        first = b.insert_element(
-            ir.Constant(_INTS, ir.Undefined), b.trunc(bit, ir.IntType(32)), ir.Constant(ir.IntType(32), 0)
-        )
-        shifts = b.shuffle_vector(first, ir.Constant(_INTS, ir.Undefined), ir.Constant(_INTS, [0] * PIECE))
+        shifts = splat(b, b.trunc(bit, INTS.element), INTS)
         flags = b.trunc(b.lshr(value, shifts), ir.VectorType(ir.IntType(1), PIECE))
         return b.zext(b.bitcast(flags, ir.IntType(PIECE)), ir.IntType(64))
 
     return types.int64(types.intp, types.int64), codegen
-
-
-def _floats(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    value = b.load(b.inttoptr(address, _FLOATS.as_pointer()))
-    value.align = 4
-    return value
-
-
-def _splat(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    value = b.load(b.inttoptr(address, ir.FloatType().as_pointer()))
-    first = b.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    return b.shuffle_vector(first, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_INTS, [0] * PIECE))
 
 
 @unique

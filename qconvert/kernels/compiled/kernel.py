@@ -8,17 +8,22 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from ..codes import PIECE, WORD
 from ..geometry import Geometry
 from ..layout import pairs, runs
 from . import bits as packing
 from . import convolution as convolving
+from . import planar
 from . import sums as summing
-from .convolution import CHANNELS, POSITIONS
+from .convolution import CHANNELS
 from .openmp import run
 from .tile import SHAPE
 
 BLOCK = CHANNELS
 """Output channels that are computed together."""
+
+_SIGN_BIT = 1 << 31
+"""Of a float32."""
 
 _PIECES_PER_THREAD = 4
 """Pieces of work of a block: more than threads, which may not all be as fast, and few, for each costs a little."""
@@ -27,8 +32,8 @@ _PIECES_PER_THREAD = 4
 @cache
 def prepare() -> None:
     """Compile the workers, or read them from numba's cache, before they are first called; a line says so meanwhile."""
-    with Console(stderr=True).status("Compiling the kernel of packed layers, once for this machine"):
-        for worker in (packing, convolving, summing):
+    with Console(stderr=True).status("Compiling the kernel of binary convolutions, once for this machine"):
+        for worker in (packing, planar, convolving, summing):
             worker.compiled()
 
 
@@ -51,6 +56,69 @@ def pack(
     return words
 
 
+def pack_planes(x: Tensor, thresholds: Tensor, geometry: Geometry, groups: int, *, above: bool) -> Tensor:
+    """Return the words of a contiguous float32 input's signs.
+
+    Args:
+        x: float32 (N, C, D, H, W), contiguous.
+        thresholds: float32 (C,), contiguous.
+        geometry: of the words.
+        groups: channel groups.
+        above: whether a bit is whether a value is above its threshold, or else whether it is not below it.
+    """
+    samples, channels = x.shape[:2]
+    words = x.new_zeros((1, samples, *geometry.padded, groups, geometry.words), dtype=torch.int64)
+    inner = geometry.inner.reshape(samples, -1)
+    strides = (8 * geometry.words, 8)
+    places = (np.ascontiguousarray(inner[:, 0] - inner[0, 0]), np.ascontiguousarray(inner[0]))
+    _pack_planes(x.view(samples, groups, channels // groups, -1), thresholds, words, places, strides, above=above)
+    return words
+
+
+def pack_weight(weight: Tensor, groups: int, *, above: bool) -> Tensor:
+    """Return the words of a contiguous float32 weight's signs, [group, block][word][channel], see `layout.arranged`."""
+    outputs, channels = weight.shape[:2]
+    taps, per_tap, per_group = weight[0, 0].numel(), -(-channels // WORD), outputs // groups
+    blocks = -(-per_group // BLOCK)
+    words = weight.new_zeros((groups * blocks, taps * per_tap, BLOCK), dtype=torch.int64)
+    group, place = np.divmod(np.arange(outputs), per_group)
+    block, lane = np.divmod(place, BLOCK)
+    places = (8 * ((group * blocks + block) * words[0].numel() + lane), 8 * BLOCK * per_tap * np.arange(taps))
+    thresholds = weight.new_zeros(channels)
+    _pack_planes(weight.view(outputs, 1, channels, taps), thresholds, words, places, (0, 8 * BLOCK), above=above)
+    return words
+
+
+def _pack_planes(
+    x: Tensor,
+    thresholds: Tensor,
+    words: Tensor,
+    places: tuple[NDArray[np.int64], NDArray[np.int64]],
+    strides: tuple[int, int],
+    *,
+    above: bool,
+) -> None:
+    """Write the words of signs.
+
+    Args:
+        x: float32 [sample][group][channel][position].
+        thresholds: float32 [group][channel].
+        words: where they go.
+        places: of each sample, and of each position, in bytes.
+        strides: of a group and of a word, in bytes.
+        above: as for `pack_planes`.
+    """
+    place = planar.Argument
+    a = np.zeros(len(place), np.int64)
+    a[place.X], a[place.THRESHOLDS], a[place.OUTPUT] = x.data_ptr(), thresholds.data_ptr(), words.data_ptr()
+    a[place.SAMPLES], a[place.GROUPS], a[place.CHANNELS], a[place.POSITIONS] = x.shape
+    a[place.MIRROR] = _SIGN_BIT if above else 0
+    a[place.SAMPLE_OFFSETS], a[place.POSITION_OFFSETS] = (each.ctypes.data for each in places)
+    a[place.GROUP_BYTES], a[place.WORD_BYTES] = strides
+    a[place.PIECES] = _at_once(-(-x.shape[-1] // PIECE))
+    run(planar.compiled().address, a)
+
+
 def convolve(
     words: Tensor,
     weight: Tensor,
@@ -65,6 +133,7 @@ def convolve(
     *,
     has_values: bool,
     following: Geometry | None,
+    memory_format: torch.memory_format = torch.channels_last_3d,
 ) -> list[Tensor]:
     """Return outputs, their bits for the layer that follows, or both, see `qconvert::packed_conv3d`."""
     place = convolving.Argument
@@ -85,15 +154,15 @@ def convolve(
         residual = residual.float().permute(0, 2, 3, 4, 1).contiguous()
         a[place.RESIDUAL] = residual.data_ptr()
     if has_values:
-        values = words.new_empty((geometry.batch, *geometry.outputs, channels), dtype=torch.float32)
-        a[place.OUTPUT] = values.data_ptr()
-        found.append(values.permute(0, 4, 1, 2, 3))
+        shape = (geometry.batch, channels, *geometry.outputs)
+        found.append(torch.empty(shape, memory_format=memory_format))
+        is_planar = memory_format == torch.contiguous_format
+        a[place.OUTPUT], a[place.PLANE] = found[0].data_ptr(), count // geometry.batch if is_planar else 0
     if following is not None:
         bits = words.new_zeros((1, following.batch, *following.padded, 1, following.words))
         a[place.BITS], a[place.BIT_OFFSETS] = bits.data_ptr(), following.inner.ctypes.data
         found.append(bits)
-    tiles = -(-count // POSITIONS)
-    a[place.TILES] = max(1, tiles // (torch.get_num_threads() * _PIECES_PER_THREAD))
+    a[place.RUNS_AT_ONCE] = _at_once(-(-count // convolving.RUN))
     run(convolving.compiled().address, a)
     return found
 
@@ -104,6 +173,11 @@ def _word_order(geometry: Geometry, planes: tuple[int, int]) -> tuple[NDArray[np
     of_input = [plane for _, of_level in pairs(*planes) for plane, _ in of_level]
     offsets = np.concatenate([plane * geometry.plane_bytes + geometry.taps for plane in of_input])
     return offsets, runs(*planes, len(geometry.taps), SHAPE.longest_run)
+
+
+def _at_once(runs: int) -> int:
+    """Return how many runs of positions a piece of work has."""
+    return max(1, runs // (torch.get_num_threads() * _PIECES_PER_THREAD))
 
 
 def window_sums(words: Tensor, geometry: Geometry) -> Tensor:

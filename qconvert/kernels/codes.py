@@ -29,3 +29,9 @@ def weighted(planes: Sequence[Tensor], channels: int) -> Tensor:
     places = torch.arange(WORD, device=planes[0].device)
     bits = [(plane.unsqueeze(-1) >> places & 1).flatten(-2)[..., :channels] for plane in planes]
     return torch.stack([(2 * each - 1) << number for number, each in enumerate(bits)]).sum(0).float()
+
+
+def in_pieces(values: Tensor, groups: int) -> Tensor:
+    """Return values per channel, shape (C,), as (groups, channels of a group, rounded up to whole pieces)."""
+    values = values.view(groups, -1)
+    return F.pad(values, (0, -values.shape[1] % PIECE))

@@ -15,6 +15,7 @@ from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
 from ..layout import Row
+from .vectors import splat
 
 I1, I8, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -103,7 +104,7 @@ def _tile(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Valu
     counts = _counts(b, places, word_offsets, runs, run_count, weights)
     sums = []
     for p in range(SHAPE.positions):
-        base, addend = _load_word(b, bases, p), _splat(b, _load_word(b, addends, p), _WORDS)
+        base, addend = _load_word(b, bases, p), splat(b, _load_word(b, addends, p), _WORDS)
         twice = [b.shl(count, ir.Constant(_WORDS, [1] * SHAPE.lanes)) for count in counts[p]]
         sums.append([b.add(b.sub(_load(b, base, _VECTOR * v, _WORDS), twice[v]), addend) for v in range(SHAPE.vectors)])
     _put_out(b, sums, *after)
@@ -128,7 +129,7 @@ def _counts(
     run, run_k, run_weight = b.phi(I64), b.phi(I64), b.phi(I64)
     totals = {each: b.phi(_WORDS) for each in grid}
     end = _load_word(b, b.add(runs, b.shl(run, _number(4))), 0)
-    shift = _splat(b, _load_word(b, b.add(runs, b.shl(run, _number(4))), 1), _WORDS)
+    shift = splat(b, _load_word(b, b.add(runs, b.shl(run, _number(4))), 1), _WORDS)
     b.branch(word_block)
 
     b.position_at_end(word_block)
@@ -141,7 +142,7 @@ def _counts(
     of_weights = [_load(b, weight, _VECTOR * v, _WORDS) for v in range(SHAPE.vectors)]
     counted = {}
     for p, place in enumerate(places):
-        word = _splat(b, _load_word(b, b.add(place, offset), 0), _WORDS)
+        word = splat(b, _load_word(b, b.add(place, offset), 0), _WORDS)
         for v in range(SHAPE.vectors):
             differing = b.bitcast(b.xor(word, of_weights[v]), _COUNTS)
             counted[p, v] = b.add(counts[p, v], b.call(ctpop, [differing]))
@@ -258,10 +259,3 @@ def _load_word(b: ir.IRBuilder, address: ir.Value, index: int) -> ir.Value:
 
 def _store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     b.store(value, _pointer(b, address, value.type)).align = 1 if isinstance(value.type, ir.IntType) else 4
-
-
-def _splat(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
-    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
-    return b.shuffle_vector(
-        first, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
-    )

@@ -49,19 +49,24 @@ class Argument(IntEnum):
     RESIDUAL = auto()
     """float32 [position][channel]."""
     OUTPUT = auto()
-    """float32 [position][channel]."""
+    """float32 [position][channel], or [sample][channel][position of the sample]."""
+    PLANE = auto()
+    """Positions of a sample where channels are planes, else 0."""
     BITS = auto()
     """Where the outputs' bits go."""
     BIT_OFFSETS = auto()
     """For each position, in bytes from BITS."""
-    TILES = auto()
-    """Of a piece of work."""
+    RUNS_AT_ONCE = auto()
+    """Runs of positions in a piece of work."""
 
 
 ARGUMENTS = len(Argument)
 
 X_AT, BASE, ADDEND, RESIDUAL, OUTPUT, BITS = range(6)
 """Rows of what a tile is told for each of its positions."""
+
+RUN = 16
+"""Positions, whole tiles, whose outputs are brought into planes in one go: a line of the cache each."""
 
 TABLE_BYTES = 4 * len(Row) * CHANNELS
 """Of a block."""
@@ -93,6 +98,56 @@ def _copy(sources, targets, count):
             copy_float(sources[p] + 4 * c, targets[p] + 4 * c)
 
 
+@njit(cache=True, inline="always")
+def _to_planes(a, values, first, count, block, present):
+    """Copy outputs [position][channel] of that many positions to where each channel has a plane."""
+    plane, channels = a[Argument.PLANE], a[Argument.GROUPS] * a[Argument.GROUP_CHANNELS]
+    group, in_group = block // a[Argument.BLOCKS], CHANNELS * (block % a[Argument.BLOCKS])
+    done = 0
+    while done < count:
+        sample, place = (first + done) // plane, (first + done) % plane
+        run = min(count - done, plane - place)  # of one sample
+        channel = sample * channels + group * a[Argument.GROUP_CHANNELS] + in_group
+        source, target = values + 4 * CHANNELS * done, a[Argument.OUTPUT] + 4 * (channel * plane + place)
+        for c in range(present):
+            for p in range(run):
+                copy_float(source + 4 * (CHANNELS * p + c), target + 4 * (c * plane + p))
+        done += run
+
+
+@njit(cache=True, inline="always")
+def _run(a, told, spare, spared, first, end, block):
+    """Compute a block's outputs of at most `RUN` positions."""
+    present = min(CHANNELS, a[Argument.GROUP_CHANNELS] - CHANNELS * (block % a[Argument.BLOCKS]))
+    for position in range(first, end, POSITIONS):
+        _aim(a, told, position, block)
+        residuals, outputs = told[RESIDUAL], told[OUTPUT]
+        if present < CHANNELS:
+            residuals, outputs = spared[0], spared[1]
+            if a[Argument.RESIDUAL] != 0:
+                _copy(told[RESIDUAL], residuals, present)
+        if a[Argument.PLANE] != 0:
+            outputs = spared[1, position - first :]
+        tile(
+            a[Argument.X],
+            told[X_AT].ctypes.data,
+            a[Argument.WORD_OFFSETS],
+            a[Argument.RUNS],
+            a[Argument.RUN_COUNT],
+            a[Argument.WEIGHTS] + block * a[Argument.WEIGHT_BYTES],
+            told[BASE].ctypes.data,
+            told[ADDEND].ctypes.data,
+            a[Argument.TABLE] + block * TABLE_BYTES,
+            residuals.ctypes.data if a[Argument.RESIDUAL] != 0 else 0,
+            outputs.ctypes.data if a[Argument.OUTPUT] != 0 else 0,
+            told[BITS].ctypes.data if a[Argument.BITS] != 0 else 0,
+        )
+        if present < CHANNELS and a[Argument.OUTPUT] != 0 and a[Argument.PLANE] == 0:
+            _copy(outputs, told[OUTPUT], present)
+    if a[Argument.PLANE] != 0:
+        _to_planes(a, spare[1].ctypes.data, first, end - first, block, present)
+
+
 @cache
 def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
@@ -100,41 +155,19 @@ def compiled() -> Any:
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def worker(pointer):
         a = carray(pointer, ARGUMENTS)
-        positions, tiles = a[Argument.POSITION_COUNT], a[Argument.TILES]
-        pieces = (positions + tiles * POSITIONS - 1) // (tiles * POSITIONS)
+        positions, step = a[Argument.POSITION_COUNT], a[Argument.RUNS_AT_ONCE] * RUN
+        pieces = (positions + step - 1) // step
         told = np.zeros((6, POSITIONS), np.int64)
-        spare = np.zeros((2, POSITIONS, CHANNELS), np.float32)  # a block of fewer channels reads and writes here
-        spared = np.zeros((2, POSITIONS), np.int64)
+        spare = np.zeros((2, RUN, CHANNELS), np.float32)  # a block of fewer channels, and planes, read and write here
+        spared = np.zeros((2, RUN), np.int64)
         for row in range(2):
-            for p in range(POSITIONS):
+            for p in range(RUN):
                 spared[row, p] = spare[row, p].ctypes.data
         piece = next_number(a.ctypes.data)
         while piece < pieces * a[Argument.GROUPS] * a[Argument.BLOCKS]:
-            block, first = piece // pieces, piece % pieces * tiles * POSITIONS  # a block's weights stay in the cache
-            present = a[Argument.GROUP_CHANNELS] - CHANNELS * (block % a[Argument.BLOCKS])
-            for position in range(first, min(first + tiles * POSITIONS, positions), POSITIONS):
-                _aim(a, told, position, block)
-                residuals, outputs = told[RESIDUAL], told[OUTPUT]
-                if present < CHANNELS:
-                    residuals, outputs = spared[0], spared[1]
-                    if a[Argument.RESIDUAL] != 0:
-                        _copy(told[RESIDUAL], residuals, present)
-                tile(
-                    a[Argument.X],
-                    told[X_AT].ctypes.data,
-                    a[Argument.WORD_OFFSETS],
-                    a[Argument.RUNS],
-                    a[Argument.RUN_COUNT],
-                    a[Argument.WEIGHTS] + block * a[Argument.WEIGHT_BYTES],
-                    told[BASE].ctypes.data,
-                    told[ADDEND].ctypes.data,
-                    a[Argument.TABLE] + block * TABLE_BYTES,
-                    residuals.ctypes.data if a[Argument.RESIDUAL] != 0 else 0,
-                    outputs.ctypes.data if a[Argument.OUTPUT] != 0 else 0,
-                    told[BITS].ctypes.data if a[Argument.BITS] != 0 else 0,
-                )
-                if present < CHANNELS and a[Argument.OUTPUT] != 0:
-                    _copy(outputs, told[OUTPUT], present)
+            block, start = piece // pieces, piece % pieces * step  # a block's weights stay in the cache
+            for first in range(start, min(start + step, positions), RUN):
+                _run(a, told, spare, spared, first, min(first + RUN, positions), block)
             piece = next_number(a.ctypes.data)
 
     return worker

@@ -23,6 +23,8 @@ try:
 except ImportError:  # numba is an extra: the same results in torch's operations, as `packed.summary()` says
     kernel = None  # type: ignore[assignment]
 
+__all__ = ["BLOCK", "is_compiled", "kernel", "pack_bits", "packed_conv3d"]
+
 BLOCK = 32 if kernel is None else kernel.BLOCK
 """Output channels that are computed together."""
 
