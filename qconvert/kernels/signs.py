@@ -87,8 +87,8 @@ def _words(x: Tensor, thresholds: Tensor | None, where: Geometry, groups: int, *
 
 
 def _table(channels: int, groups: int, scale: Tensor | None, offset: Tensor | None, bias: Tensor | None) -> Tensor:
-    rows = np.zeros((len(Row), channels), np.float32)
+    rows = torch.zeros(len(Row), channels)
     rows[Row.SLOPE] = 1.0
     for row, values, default in ((Row.FACTOR, scale, 1.0), (Row.SUMMAND, offset, 0.0), (Row.LAST, bias, 0.0)):
-        rows[row] = default if values is None else values.detach().numpy()
-    return torch.from_numpy(np.ascontiguousarray(by_block(rows, groups, BLOCK).swapaxes(0, 1)))
+        rows[row] = default if values is None else values  # values.numpy() would fix their memory, which FSDP frees
+    return torch.from_numpy(np.ascontiguousarray(by_block(rows.numpy(), groups, BLOCK).swapaxes(0, 1)))

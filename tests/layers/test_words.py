@@ -202,6 +202,13 @@ def test_a_step_changes_the_words(in_floats):
     assert not torch.equal(layer(x), before)
 
 
+def test_parameters_can_be_freed_and_filled_again_as_fsdp_does():
+    layer, x = large()
+    layer(x)
+    for parameter in layer.parameters():
+        parameter.untyped_storage().resize_(0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_do_not_run_in_words(dtype):
     layer, x = large()
