@@ -39,10 +39,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("outputs", OUTPUTS)
 @pytest.mark.parametrize("inputs", CHANNELS)
-def test_sums_of_signs_are_exact_for_any_number_of_channels(inputs: int, outputs: int, way: str) -> None:
+def test_sums_of_signs_are_exact_for_any_number_of_channels(
+    inputs: int, outputs: int, memory_format: torch.memory_format, way: str
+) -> None:
     made, x = QConv3d(inputs, outputs, (2, 1, 2), padding=(1, 0, 0)).eval(), torch.randn(1, inputs, 2, 3, 3)
+    x = x.contiguous(memory_format=memory_format)
     assert np.array_equal(PackedConv3d(made)(x).numpy(), whole_sums(made, x))
 
 

@@ -42,6 +42,9 @@ def pack(
 ) -> Tensor:
     """Return the words of a float input, see `qconvert::pack_bits`."""
     samples, channels, depth, height, width = x.shape
+    if settings is None and x.is_contiguous():
+        limits = thresholds[:, : channels // groups].contiguous()
+        return pack_planes(x, limits, geometry, groups, above=False)
     x = x.permute(0, 2, 3, 4, 1).contiguous()
     words = x.new_zeros((planes, samples, *geometry.padded, groups, geometry.words), dtype=torch.int64)
     place = packing.Argument
@@ -61,7 +64,7 @@ def pack_planes(x: Tensor, thresholds: Tensor, geometry: Geometry, groups: int, 
 
     Args:
         x: float32 (N, C, D, H, W), contiguous.
-        thresholds: float32 (C,), contiguous.
+        thresholds: float32, one for each channel, contiguous.
         geometry: of the words.
         groups: channel groups.
         above: whether a bit is whether a value is above its threshold, or else whether it is not below it.

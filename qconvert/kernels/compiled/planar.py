@@ -11,10 +11,13 @@ from numba.extending import intrinsic
 
 from ..codes import PIECE, WORD
 from .memory import I64, copy_float, next_number, read_word, write_word
-from .vectors import INTS, float_splat, floats, splat
+from .vectors import INTS, float_splat, floats, prefetch, splat
 
 _HALF = 32
 """Channels whose bits a vector of int32 holds for 16 positions."""
+
+_AHEAD = 512
+"""Bytes: no processor foresees what 64 planes are read in turns. Packing took 2.5 times as long without."""
 
 
 @intrinsic
@@ -38,7 +41,9 @@ def _below(typing_context: Any, values: Any, plane: Any, thresholds: Any, channe
         b.branch(loop)
         b.position_at_end(loop)
         channel, found = b.phi(I64), b.phi(INTS)
-        numbers = floats(b, b.add(values, b.mul(channel, plane)))
+        at = b.add(values, b.mul(channel, plane))
+        prefetch(b, b.add(at, ir.Constant(I64, _AHEAD)))
+        numbers = floats(b, at)
         limits = float_splat(b, b.add(thresholds, b.shl(channel, ir.Constant(I64, 2))))
         numbers, limits = (b.bitcast(b.xor(b.bitcast(each, INTS), flips), each.type) for each in (numbers, limits))
         bit = splat(b, b.shl(ir.Constant(INTS.element, 1), b.trunc(channel, INTS.element)), INTS)

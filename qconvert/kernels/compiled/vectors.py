@@ -1,6 +1,7 @@
 """LLVM's vector code in parts that several workers need."""
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from ..codes import PIECE
 
@@ -25,3 +26,14 @@ def floats(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
 def float_splat(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Return the float32 at an address 16 times."""
     return splat(b, b.load(b.inttoptr(address, FLOATS.element.as_pointer())), FLOATS)
+
+
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Bring what lies at an address, if anything does, into the cache, to be read soon."""
+    number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    function = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    to_read, into_all_levels, data = (ir.Constant(number, each) for each in (0, 3, 1))
+    b.call(
+        cgutils.get_or_insert_function(b.module, function, "llvm.prefetch.p0i8"),
+        [b.inttoptr(address, pointer), to_read, into_all_levels, data],
+    )
