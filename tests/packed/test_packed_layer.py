@@ -107,6 +107,14 @@ def test_sums_of_signs_are_exact_whatever_the_layer(case: tuple[dict[str, Any], 
     assert np.array_equal(PackedConv3d(made)(x).numpy(), whole_sums(made, x))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (7, 1), (16, 1), (33, 1), (64, 1), (40, 2)])
+def test_what_is_added_lies_as_it_lies(channels: int, groups: int, memory_format: torch.memory_format, way: str) -> None:
+    made = QConv3d(channels, channels, 3, padding=1, groups=groups, scale=0.5, shortcut=True).eval()
+    x = torch.randn(3, channels, 3, 5, 3).contiguous(memory_format=memory_format)
+    assert_close(*both(made, x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("x", [torch.tensor([0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf, math.nan, -1.0])])
 def test_every_float_has_the_sign_that_the_quantizer_gives_it(x: torch.Tensor, way: str) -> None:
     made = QConv3d(8, 1, 1).eval()

@@ -47,11 +47,13 @@ class Argument(IntEnum):
     GROUP_BYTES = auto()
     """Of a group's words of a position of the input."""
     RESIDUAL = auto()
-    """float32 [position][channel]."""
+    """float32 [position][channel], or [sample][channel][position of the sample]."""
+    RESIDUAL_PLANE = auto()
+    """Positions of a sample where the residual's channels are planes, else 0."""
     OUTPUT = auto()
     """float32 [position][channel], or [sample][channel][position of the sample]."""
-    PLANE = auto()
-    """Positions of a sample where channels are planes, else 0."""
+    OUTPUT_PLANE = auto()
+    """Positions of a sample where the output's channels are planes, else 0."""
     BITS = auto()
     """Where the outputs' bits go."""
     BIT_OFFSETS = auto()
@@ -99,19 +101,23 @@ def _copy(sources, targets, count):
 
 
 @njit(cache=True, inline="always")
-def _to_planes(a, values, first, count, block, present):
-    """Copy outputs [position][channel] of that many positions to where each channel has a plane."""
-    plane, channels = a[Argument.PLANE], a[Argument.GROUPS] * a[Argument.GROUP_CHANNELS]
-    group, in_group = block // a[Argument.BLOCKS], CHANNELS * (block % a[Argument.BLOCKS])
+def _planes(a, values, planes, plane, first, count, block, present, reads):
+    """Copy a block's values [position][channel] of that many positions to where each channel has a plane, or from there."""
+    channels = a[Argument.GROUPS] * a[Argument.GROUP_CHANNELS]
+    channel = block // a[Argument.BLOCKS] * a[Argument.GROUP_CHANNELS] + CHANNELS * (block % a[Argument.BLOCKS])
     done = 0
     while done < count:
         sample, place = (first + done) // plane, (first + done) % plane
         run = min(count - done, plane - place)  # of one sample
-        channel = sample * channels + group * a[Argument.GROUP_CHANNELS] + in_group
-        source, target = values + 4 * CHANNELS * done, a[Argument.OUTPUT] + 4 * (channel * plane + place)
+        here = values + 4 * CHANNELS * done
+        there = planes + 4 * ((sample * channels + channel) * plane + place)
         for c in range(present):
             for p in range(run):
-                copy_float(source + 4 * (CHANNELS * p + c), target + 4 * (c * plane + p))
+                one, other = here + 4 * (CHANNELS * p + c), there + 4 * (c * plane + p)
+                if reads:
+                    copy_float(other, one)
+                else:
+                    copy_float(one, other)
         done += run
 
 
@@ -119,14 +125,21 @@ def _to_planes(a, values, first, count, block, present):
 def _run(a, told, spare, spared, first, end, block):
     """Compute a block's outputs of at most `RUN` positions."""
     present = min(CHANNELS, a[Argument.GROUP_CHANNELS] - CHANNELS * (block % a[Argument.BLOCKS]))
+    in_planes, out_planes = a[Argument.RESIDUAL_PLANE], a[Argument.OUTPUT_PLANE]
+    if in_planes != 0:
+        _planes(a, spare[0].ctypes.data, a[Argument.RESIDUAL], in_planes, first, end - first, block, present, True)
     for position in range(first, end, POSITIONS):
         _aim(a, told, position, block)
         residuals, outputs = told[RESIDUAL], told[OUTPUT]
         if present < CHANNELS:
             residuals, outputs = spared[0], spared[1]
-            if a[Argument.RESIDUAL] != 0:
+            if a[Argument.RESIDUAL] != 0 and in_planes == 0:
                 _copy(told[RESIDUAL], residuals, present)
-        if a[Argument.PLANE] != 0:
+        if in_planes != 0:
+            residuals = told[RESIDUAL]
+            for p in range(POSITIONS):  # those of a tile that are none are the last one again
+                residuals[p] = spared[0, min(position + p, end - 1) - first]
+        if out_planes != 0:
             outputs = spared[1, position - first :]
         tile(
             a[Argument.X],
@@ -142,10 +155,10 @@ def _run(a, told, spare, spared, first, end, block):
             outputs.ctypes.data if a[Argument.OUTPUT] != 0 else 0,
             told[BITS].ctypes.data if a[Argument.BITS] != 0 else 0,
         )
-        if present < CHANNELS and a[Argument.OUTPUT] != 0 and a[Argument.PLANE] == 0:
+        if present < CHANNELS and a[Argument.OUTPUT] != 0 and out_planes == 0:
             _copy(outputs, told[OUTPUT], present)
-    if a[Argument.PLANE] != 0:
-        _to_planes(a, spare[1].ctypes.data, first, end - first, block, present)
+    if out_planes != 0:
+        _planes(a, spare[1].ctypes.data, a[Argument.OUTPUT], out_planes, first, end - first, block, present, False)
 
 
 @cache

@@ -1,5 +1,6 @@
 """The compiled workers, called with tensors: numba is needed from here on."""
 
+import math
 from functools import cache, lru_cache
 
 import numpy as np
@@ -71,6 +72,8 @@ def pack_planes(x: Tensor, thresholds: Tensor, geometry: Geometry, groups: int, 
     """
     samples, channels = x.shape[:2]
     words = x.new_zeros((1, samples, *geometry.padded, groups, geometry.words), dtype=torch.int64)
+    if x.numel() == 0:
+        return words
     inner = geometry.inner.reshape(samples, -1)
     strides = (8 * geometry.words, 8)
     places = (np.ascontiguousarray(inner[:, 0] - inner[0, 0]), np.ascontiguousarray(inner[0]))
@@ -153,14 +156,17 @@ def convolve(
     a[place.GROUPS], a[place.BLOCKS], a[place.GROUP_CHANNELS] = groups, len(weight) // groups, channels // groups
     a[place.GROUP_BYTES] = geometry.words * words.itemsize
     found: list[Tensor] = []
+    plane = math.prod(geometry.outputs)
     if residual is not None:
-        residual = residual.float().permute(0, 2, 3, 4, 1).contiguous()
-        a[place.RESIDUAL] = residual.data_ptr()
+        residual = residual.float()
+        is_planar = residual.is_contiguous()
+        residual = residual if is_planar else residual.contiguous(memory_format=torch.channels_last_3d)
+        a[place.RESIDUAL], a[place.RESIDUAL_PLANE] = residual.data_ptr(), plane if is_planar else 0
     if has_values:
         shape = (geometry.batch, channels, *geometry.outputs)
         found.append(torch.empty(shape, memory_format=memory_format))
-        is_planar = memory_format == torch.contiguous_format
-        a[place.OUTPUT], a[place.PLANE] = found[0].data_ptr(), count // geometry.batch if is_planar else 0
+        a[place.OUTPUT] = found[0].data_ptr()
+        a[place.OUTPUT_PLANE] = plane if memory_format == torch.contiguous_format else 0
     if following is not None:
         bits = words.new_zeros((1, following.batch, *following.padded, 1, following.words))
         a[place.BITS], a[place.BIT_OFFSETS] = bits.data_ptr(), following.inner.ctypes.data
