@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from ..layout import Row
-from .memory import copy_float, next_number, read_word
+from .memory import SQUARE, copy_float, next_number, read_word, transpose
 from .tile import SHAPE, tile
 
 POSITIONS, CHANNELS = SHAPE.positions, SHAPE.channels
@@ -101,6 +101,18 @@ def _copy(sources, targets, count):
 
 
 @njit(cache=True, inline="always")
+def _squares(values, planes, plane, reads):
+    """Do the same as `_planes` for a whole run and block."""
+    for c in range(0, CHANNELS, SQUARE):
+        for p in range(0, RUN, SQUARE):
+            one, other = values + 4 * (CHANNELS * p + c), planes + 4 * (c * plane + p)
+            if reads:
+                transpose(other, 4 * plane, one, 4 * CHANNELS)
+            else:
+                transpose(one, 4 * CHANNELS, other, 4 * plane)
+
+
+@njit(cache=True, inline="always")
 def _planes(a, values, planes, plane, first, count, block, present, reads):
     """Copy a block's values [position][channel] of that many positions to where each channel has a plane, or from there."""
     channels = a[Argument.GROUPS] * a[Argument.GROUP_CHANNELS]
@@ -111,13 +123,16 @@ def _planes(a, values, planes, plane, first, count, block, present, reads):
         run = min(count - done, plane - place)  # of one sample
         here = values + 4 * CHANNELS * done
         there = planes + 4 * ((sample * channels + channel) * plane + place)
-        for c in range(present):
-            for p in range(run):
-                one, other = here + 4 * (CHANNELS * p + c), there + 4 * (c * plane + p)
-                if reads:
-                    copy_float(other, one)
-                else:
-                    copy_float(one, other)
+        if run == RUN and present == CHANNELS:
+            _squares(here, there, plane, reads)
+        else:
+            for c in range(present):
+                for p in range(run):
+                    one, other = here + 4 * (CHANNELS * p + c), there + 4 * (c * plane + p)
+                    if reads:
+                        copy_float(other, one)
+                    else:
+                        copy_float(one, other)
         done += run
 
 
