@@ -55,6 +55,9 @@ class Brightness:
         clips[labels == 1, :, :, 3:] += 1
         return clips, labels
 
+    def answers(self, outputs):
+        return outputs
+
     def loss(self, outputs, clips, labels):
         return nn.functional.cross_entropy(outputs, labels)
 

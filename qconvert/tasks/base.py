@@ -20,7 +20,7 @@ class Recipe:
         lr: learning rate of what is not quantized.
         latent_lr, added_lr: as in `qconvert.train.parameter_groups`.
         labels: factor of the loss against the labels, 0 for none.
-        logits: factor of the distillation from the float model's outputs, 0 for none.
+        logits: factor of the distillation from the float model's answers, 0 for none.
         features: factor of the distillation from the outputs of the task's layers, 0 for none.
     """
 
@@ -41,7 +41,7 @@ class Task(Protocol):
         name: its name on the command line.
         rules: rules that fit its model.
         recipe: how its converted model is trained.
-        comparison: how outputs are compared in a distillation, as in `qconvert.train.distill`.
+        comparison: how answers are compared in a distillation, as in `qconvert.train.distill`.
         layers: layers whose outputs are compared there.
     """
 
@@ -56,6 +56,9 @@ class Task(Protocol):
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Any]:
         """Return clips to train on, with their labels (None where the float model gives them)."""
+
+    def answers(self, outputs: Any) -> Any:
+        """Return what of the outputs is measured, and compared in a distillation."""
 
     def loss(self, outputs: Any, clips: Tensor, labels: Any) -> Tensor:
         """Return the loss against the labels."""

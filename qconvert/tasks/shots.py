@@ -33,7 +33,7 @@ class Shots:
 
     name = "shots"
     rules: RulesLike = "transnetv2"
-    recipe = Recipe(steps=520, batch_size=1, lr=1e-3, latent_lr=5.0, logits=1.0, features=1.0)
+    recipe = Recipe(steps=900, batch_size=1, lr=1e-3, latent_lr=5.0, logits=1.0, features=0.3)
     comparison = "bce"
     layers: tuple[str, ...] = ("SDDCNN.0", "SDDCNN.1", "SDDCNN.2")
 
@@ -50,12 +50,16 @@ class Shots:
         """Return clips; the float model gives the labels."""
         return torch.stack([_clip(self.frames[:TRAINED_ON], generator) for _ in range(size)]), None
 
+    def answers(self, outputs: Any) -> Tensor:
+        """Return the logits of a cut at each frame, without those of its surroundings, which TransNetV2 learns beside them."""
+        one: Tensor = outputs[0]
+        return one
+
     def loss(self, outputs: Any, clips: Tensor, labels: None) -> Tensor:  # noqa: ARG002 (the float model gives them)
         """Return the cross-entropy with the float model's decisions."""
         with torch.no_grad():
-            one, many = self._teacher(clips)
-        pairs = ((outputs[0], one), (outputs[1]["many_hot"], many["many_hot"]))
-        return torch.stack([F.binary_cross_entropy_with_logits(ours, (theirs > 0).float()) for ours, theirs in pairs]).mean()
+            decisions = self.answers(self._teacher(clips)) > 0
+        return F.binary_cross_entropy_with_logits(self.answers(outputs), decisions.float())
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """Return F1 of the cuts, and the correlation of the probabilities."""
@@ -84,26 +88,37 @@ def _probabilities(model: Any, frames: Tensor) -> Tensor:
 
 
 def _clip(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a clip, cut together from one part of the video or more."""
-    clip = _part(frames, generator)
-    while _chance(0.5, generator):
-        other, place = _part(frames, generator), _number(WINDOW, generator)
-        length = 1 if _chance(0.7, generator) else 2 + _number(20, generator)  # a cut, or a dissolve
+    """Return a clip that is cut together from parts of the video: 4 on average, for it is cuts that there is to learn from."""
+    alike = _chance(0.5, generator)  # all parts are changed alike, as in one video, or each for itself
+
+    def part() -> Tensor:
+        found = _part(frames, generator)
+        return found if alike else _changed(found, generator)
+
+    clip = part()
+    while _chance(0.75, generator):
+        other, place = part(), _number(WINDOW, generator)
+        length = 1 if _chance(0.8, generator) else 2 + _number(20, generator)  # a cut, or a dissolve
         share = ((torch.arange(WINDOW) - place) / length).clamp(0, 1).view(-1, 1, 1, 1)
         clip = torch.lerp(clip, other, share)
+    clip = _changed(clip, generator) if alike else clip
     return clip.clamp(0, 255).to(torch.uint8)
 
 
 def _part(frames: Tensor, generator: torch.Generator) -> Tensor:
     pace = 1 if _chance(0.7, generator) else 2
     start = _number(len(frames) - WINDOW * pace + 1, generator)
-    part = frames[start : start + WINDOW * pace : pace].float()
+    return frames[start : start + WINDOW * pace : pace].float()
+
+
+def _changed(clip: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a clip reversed, mirrored, in other colours and brightness, at random."""
     for dim, chance in ((0, 0.3), (1, 0.2), (2, 0.5)):
-        part = part.flip(dim) if _chance(chance, generator) else part
+        clip = clip.flip(dim) if _chance(chance, generator) else clip
     if _chance(0.3, generator):
-        part = part[..., torch.randperm(3, generator=generator)]
+        clip = clip[..., torch.randperm(3, generator=generator)]
     contrast, brightness = torch.rand(2, generator=generator).tolist()
-    changed: Tensor = (part - 128) * (0.7 + 0.6 * contrast) + 128 + 40 * (brightness - 0.5)
+    changed: Tensor = (clip - 128) * (0.7 + 0.6 * contrast) + 128 + 40 * (brightness - 0.5)
     return changed
 
 

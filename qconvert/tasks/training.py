@@ -106,6 +106,7 @@ class Training:
             logits=task.comparison if recipe.logits else None,
             logits_weight=recipe.logits,
             features_weight=recipe.features,
+            output=task.answers,
         )
         return stack.enter_context(made)
 
