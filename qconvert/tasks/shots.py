@@ -26,8 +26,8 @@ TOLERANCE = 2
 class Shots:
     """Find the cuts of a video: the float model says where they are.
 
-    Clips: 100 frames each of the video's first 3,700, uint8 (N, 100, 27, 48, 3), mirrored, reversed, brightened and cut
-    together at random. Measured on the frames from 3,700 on: F1 of the cuts (probability above 0.5, within 2 frames of one
+    Clips: 100 frames each of the video's first 3,700, uint8 (N, 100, 27, 48, 3), cut together, mirrored, reversed and
+    brightened at random. Measured on the frames from 3,700 on: F1 of the cuts (probability above 0.5, within 2 frames of one
     of the float model's), and the correlation of the probabilities with the float model's.
     """
 
@@ -51,7 +51,7 @@ class Shots:
         return torch.stack([_clip(self.frames[:TRAINED_ON], generator) for _ in range(size)]), None
 
     def answers(self, outputs: Any) -> Tensor:
-        """Return the logits of a cut at each frame, without those of its surroundings, which TransNetV2 learns beside them."""
+        """Return the logits of a cut at each frame; those of its surroundings are for training TransNetV2 only."""
         one: Tensor = outputs[0]
         return one
 
@@ -88,7 +88,7 @@ def _probabilities(model: Any, frames: Tensor) -> Tensor:
 
 
 def _clip(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a clip that is cut together from parts of the video: 4 on average, for it is cuts that there is to learn from."""
+    """Return a clip that is cut together from parts of the video, 4 on average: it is cuts that there is to learn from."""
     alike = _chance(0.5, generator)  # all parts are changed alike, as in one video, or each for itself
 
     def part() -> Tensor:
