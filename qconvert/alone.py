@@ -150,6 +150,8 @@ def _written(graph: fx.Graph, given: Mapping[str, Any]) -> list[Any]:
 
 
 def _traced(module: nn.Module, condition: _Condition) -> fx.Graph:
+    if _is_a_sequence(module):
+        return _sequence(module, condition.given)
     trial = _trial(module)
     children = [child for child in module.modules() if child is not module]
     with (
@@ -167,6 +169,24 @@ def _traced(module: nn.Module, condition: _Condition) -> fx.Graph:
         raise TraceError("it makes a tensor, whose value the graph would fix")
     if changed:
         raise TraceError(f"it sets {', '.join(changed)} of the module, which a graph would not")
+    return graph
+
+
+def _is_a_sequence(module: nn.Module) -> bool:
+    """Whether a forward is torch's own of a Sequential."""
+    if not isinstance(module, nn.Sequential) or None in module._modules.values():
+        return False
+    cls = type(module)
+    return cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__
+
+
+def _sequence(module: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
+    """Return what tracing would give: models have hundreds of them, and fx takes its time to be set up for each."""
+    graph = fx.Graph()
+    value = given["input"] if "input" in given else graph.placeholder("input")
+    for name in module._modules:
+        value = graph.call_module(name, (value,))
+    graph.output(value)
     return graph
 
 

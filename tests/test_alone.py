@@ -1,6 +1,7 @@
 """What a forward may do with a stand-in and may not: whether the graph of a module alone is all that its forward does."""
 
 import functools
+from collections import OrderedDict
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from qconvert import alone
 from qconvert.alone import own_forward
 
 CALLS = 0
@@ -395,3 +397,24 @@ def test_isinstance_stays_pythons_own_meanwhile():
 
     assert own_forward(block(forward)).obstacle is None
     assert {function.__module__ for function in seen} == {"builtins"}
+
+
+class Twice(nn.Sequential):
+    def __iter__(self):
+        return iter([*super().__iter__()] * 2)
+
+
+def test_a_sequence_is_written_down_as_it_would_be_traced(monkeypatch):
+    shared = nn.Conv3d(2, 2, 1)
+    for module in (nn.Sequential(shared, nn.ReLU()), nn.Sequential(), nn.Sequential(OrderedDict(one=shared, two=nn.ReLU()))):
+        own = own_forward(module)
+        with monkeypatch.context() as patched:
+            patched.setattr(alone, "_is_a_sequence", lambda _: False)
+            traced = own_forward(module)
+        assert own.obstacle is traced.obstacle is None
+        assert str(own.graph) == str(traced.graph)
+
+
+def test_a_sequence_that_runs_otherwise_is_traced():
+    assert str(own_forward(Twice(nn.ReLU())).graph).count("call_module") == 2
+    assert own_forward(nn.Sequential(nn.ReLU(), None)).obstacle is not None

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from qconvert import QConv3d
 from qconvert.kernels import operators
 from qconvert.kernels.signs import is_worth_it, signs_conv3d
-from qconvert.layers import fused
+from qconvert.layers import step_forward
 
 pytestmark = pytest.mark.skipif(operators.kernel is None, reason="words are compiled by numba")
 
@@ -143,7 +143,7 @@ def in_floats(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(layer: QConv3d, x: Tensor) -> Tensor:
         with monkeypatch.context() as patched:
-            patched.setattr(fused, "is_worth_it", lambda *_: False)
+            patched.setattr(step_forward, "is_worth_it", lambda *_: False)
             return layer(x)
 
     return run
