@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..codes import PIECE, WORD
+from .fingerprint import fingerprint
 from .memory import copy_float, next_number, read_word, write_word
 from .vectors import FLOATS, INTS, float_splat, floats, splat
 
@@ -141,10 +142,11 @@ def _code_words(values, thresholds, spreads, settings, present, spare, found, bi
 @cache
 def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
+    of_all_sources = fingerprint()
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def worker(pointer):
-        a = carray(pointer, ARGUMENTS)
+        a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         channels, groups, settings = a[Argument.GROUP_CHANNELS], a[Argument.GROUPS], a[Argument.SETTINGS]
         of_group = 4 * PIECE * ((channels + PIECE - 1) // PIECE)
         spare, found = np.full(PIECE, -np.inf, np.float32), np.zeros(PIECE, np.int32)

@@ -8,6 +8,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from ..layout import Row
+from .fingerprint import fingerprint
 from .memory import SQUARE, copy_float, next_number, read_word, transpose
 from .tile import SHAPE, tile
 
@@ -179,10 +180,11 @@ def _run(a, told, spare, spared, first, end, block):
 @cache
 def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
+    of_all_sources = fingerprint()
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def worker(pointer):
-        a = carray(pointer, ARGUMENTS)
+        a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         positions, step = a[Argument.POSITION_COUNT], a[Argument.RUNS_AT_ONCE] * RUN
         pieces = (positions + step - 1) // step
         told = np.zeros((6, POSITIONS), np.int64)

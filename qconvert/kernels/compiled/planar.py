@@ -10,6 +10,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
 from ..codes import PIECE, WORD
+from .fingerprint import fingerprint
 from .memory import I64, copy_float, next_number, read_word, write_word
 from .vectors import INTS, float_splat, floats, prefetch, splat
 
@@ -140,10 +141,11 @@ def _pack(a, plane_of, start, thresholds, out, spare, halves, words):
 @cache
 def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
+    of_all_sources = fingerprint()
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def worker(pointer):
-        a = carray(pointer, ARGUMENTS)
+        a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         channels, positions, groups = a[Argument.CHANNELS], a[Argument.POSITIONS], a[Argument.GROUPS]
         spare, halves, words = np.zeros((WORD, PIECE), np.float32), np.zeros((2, PIECE), np.int32), np.zeros(PIECE, np.int64)
         step = PIECE * a[Argument.PIECES]

@@ -6,6 +6,7 @@ from typing import Any
 
 from numba import carray, cfunc, types
 
+from .fingerprint import fingerprint
 from .memory import count_bits, next_number, read_word, write_word
 
 
@@ -37,10 +38,11 @@ ARGUMENTS = len(Argument)
 @cache
 def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
+    of_all_sources = fingerprint()
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def worker(pointer):
-        a = carray(pointer, ARGUMENTS)
+        a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         position = next_number(a.ctypes.data)
         while position < a[Argument.POSITION_COUNT]:
             for group in range(a[Argument.GROUPS]):
