@@ -130,6 +130,8 @@ LEARNED = {"threshold": 0.3, "spread": 0.7, "scale": "channel", "offset": 0.1, "
 def large(**others: Any) -> tuple[QConv3d, Tensor]:
     """Return a layer that computes in words, and an input."""
     layer = QConv3d(32, 48, 3, padding=1, **{"input_quantization": "approxsign"} | LEARNED | others).train()
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias)
     return layer, torch.randn(2, 32, 5, 7, 6)
 
 
