@@ -87,3 +87,11 @@ def by_block(values: NDArray[Any], groups: int, block: int, fill: float = 0) -> 
     values = values.reshape(*rest, groups, outputs // groups)
     padding = [(0, 0)] * (len(rest) + 1) + [(0, -(outputs // groups) % block)]
     return np.ascontiguousarray(np.pad(values, padding, constant_values=fill).reshape(*rest, -1, block))
+
+
+def epilogue_table(rows: NDArray[np.float32], groups: int, block: int) -> NDArray[np.float32]:
+    """Return what comes after the sum, rows (5, O) in the order of `Row`, as [group, block][row][channel]."""
+    blocked = by_block(rows, groups, block)
+    # no channel of a block that is none of the layer's has a bit
+    blocked[Row.THRESHOLD] = by_block(rows[Row.THRESHOLD], groups, block, fill=np.inf)
+    return np.ascontiguousarray(blocked.swapaxes(0, 1))

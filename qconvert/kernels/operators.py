@@ -1,7 +1,7 @@
 """The packed layers' arithmetic as registered operators (`torch.ops.qconvert.*`): compiled, or in torch's own operations.
 
 Packed inputs are int64 tensors [plane][sample][D][H][W][group][word], D, H and W with their border: bit c of a word is a
-plane's bit of channel c, and the bits of the border are 0. Floats are tensors (N, C, D, H, W) in channels_last_3d.
+plane's bit of channel c, and the bits of the border are 0. Floats are tensors (N, C, D, H, W), put out in channels_last_3d.
 """
 
 import math

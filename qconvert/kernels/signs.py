@@ -3,13 +3,12 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .codes import WORD, in_pieces
 from .geometry import Geometry, Window, geometry
-from .layout import Row, by_block
+from .layout import Row, epilogue_table
 from .operators import BLOCK, is_compiled, kernel
 
 _LEAST_SHARE = 0.25
@@ -80,8 +79,8 @@ def signs_conv3d(
 
 def _words(x: Tensor, thresholds: Tensor | None, where: Geometry, groups: int, *, above: bool) -> Tensor:
     limits = x.new_zeros(x.shape[1]) if thresholds is None else thresholds.detach().contiguous()
-    if above or x.is_contiguous():
-        return kernel.pack_planes(x.contiguous(), limits, where, groups, above=above)
+    if above:
+        return kernel.pack_planes(x.contiguous(), limits, where, groups, above=True)
     limits = in_pieces(limits, groups)
     return kernel.pack(x, limits, limits, None, 1, where, groups)  # a sign has no spread
 
@@ -91,4 +90,4 @@ def _table(channels: int, groups: int, scale: Tensor | None, offset: Tensor | No
     rows[Row.SLOPE] = 1.0
     for row, values, default in ((Row.FACTOR, scale, 1.0), (Row.SUMMAND, offset, 0.0), (Row.LAST, bias, 0.0)):
         rows[row] = default if values is None else values  # values.numpy() would fix their memory, which FSDP frees
-    return torch.from_numpy(np.ascontiguousarray(by_block(rows.numpy(), groups, BLOCK).swapaxes(0, 1)))
+    return torch.from_numpy(epilogue_table(rows.numpy(), groups, BLOCK))

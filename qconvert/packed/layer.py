@@ -14,7 +14,7 @@ from ..errors import InputError, ModelError
 from ..kernels.codes import in_pieces
 from ..kernels.geometry import Window
 from ..kernels.in_torch import by_channel
-from ..kernels.layout import Row, arranged, by_block
+from ..kernels.layout import Row, arranged, by_block, epilogue_table
 from ..kernels.operators import BLOCK, pack_bits, packed_conv3d
 from ..layers import QActivation, QConv3d
 from ..layers.padding import padding_amounts
@@ -35,8 +35,8 @@ class PackedConv3d(nn.Module):
     Forward: ``y = prelu(factor * conv3d(pad(codes(x)), codes of the weight) + summand + residual) + last``.
 
     Shapes: x (N, C, D, H, W) float32, or its packed codes (int64, see operators.py); residual and output (N, O, D', H', W'),
-    in channels_last_3d. The sums are whole numbers, the same as those of the layer that was packed; what comes after is
-    rounded to float32 after each operation.
+    the output in channels_last_3d. The sums are whole numbers, the same as those of the layer that was packed; what comes
+    after is rounded to float32 after each operation.
 
     Args:
         layer: the layer that is packed, for which `no_packing` is None.
@@ -139,11 +139,7 @@ class PackedConv3d(nn.Module):
         self.table = self._table(rows)
 
     def _table(self, rows: Tensor) -> Tensor:
-        """Return rows (5, O) as [group, block][row][channel]."""
-        blocked = by_block(rows.numpy(), self.groups, BLOCK)
-        # no channel of a block that is none of the layer's has a bit
-        blocked[Row.THRESHOLD] = by_block(rows[Row.THRESHOLD].numpy(), self.groups, BLOCK, fill=math.inf)
-        return torch.from_numpy(np.ascontiguousarray(blocked.swapaxes(0, 1)))
+        return torch.from_numpy(epilogue_table(rows.numpy(), self.groups, BLOCK))
 
     def _base(self, sums: NDArray[Any]) -> Any:
         """Return what twice a count is taken from, see layout.py: twice, because ``s s' = 1 - 2 (bits differ)``."""

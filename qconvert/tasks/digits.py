@@ -48,7 +48,7 @@ class Digits:
     rules: RulesLike = "default"
     recipe = Recipe(steps=5000, batch_size=16, lr=5e-3, latent_lr=0.3, labels=1.0, logits=1.0)
     comparison = "kl"
-    layers: tuple[str, ...] = ("blocks.0", "blocks.1", "blocks.2")
+    layers: tuple[str, ...] = ()
 
     def float_model(self, seed: int) -> nn.Module:
         """Return a `ResNet3d`, trained here: about two minutes."""
