@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .codes import weighted, words_of
 from .geometry import Geometry
-from .layout import pairs
+from .layout import Row, pairs
 
 
 def packed(
@@ -88,8 +88,11 @@ def finished(
 ) -> list[Tensor]:
     """Return what a table makes of the sums: values, their bits for the layer that follows, or both."""
     rows = by_channel(table.movedim(1, 0), groups, totals.shape[1])
-    factor, summand, slope, last, threshold = (row.view(-1, 1, 1, 1) for row in rows)
-    values = totals.float() * factor + summand
+    scale, offset, bias, _, _, slope, last, threshold = (row.view(-1, 1, 1, 1) for row in rows)
+    values = totals.float() * scale + offset + bias
+    # torch's own, for it rounds as that of the model does: once, where the processor has a fused multiply-add
+    zeros, ones = torch.zeros_like(rows[0]), torch.ones_like(rows[0])
+    values = F.batch_norm(values, zeros, ones, rows[Row.NORM_FACTOR], rows[Row.NORM_SUMMAND], eps=0.0)
     values = values if residual is None else values + residual
     values = torch.where(values > 0, values, values * slope) + last
     found = [values] if has_values else []

@@ -24,13 +24,17 @@ from .codes import WORD
 class Row(IntEnum):
     """What comes after the sum, float32 for each channel, one row after another."""
 
-    FACTOR = 0
-    SUMMAND = 1
-    SLOPE = 2
+    SCALE = 0
+    OFFSET = 1
+    BIAS = 2
+    NORM_FACTOR = 3
+    """Factor of a BatchNorm, after that."""
+    NORM_SUMMAND = 4
+    SLOPE = 5
     """Factor of values that are not above 0, after the residual."""
-    LAST = 3
+    LAST = 6
     """Summand after that."""
-    THRESHOLD = 4
+    THRESHOLD = 7
     """An output's bit is whether it is not below it."""
 
 
@@ -90,7 +94,7 @@ def by_block(values: NDArray[Any], groups: int, block: int, fill: float = 0) -> 
 
 
 def epilogue_table(rows: NDArray[np.float32], groups: int, block: int) -> NDArray[np.float32]:
-    """Return what comes after the sum, rows (5, O) in the order of `Row`, as [group, block][row][channel]."""
+    """Return what comes after the sum, rows (8, O) in the order of `Row`, as [group, block][row][channel]."""
     blocked = by_block(rows, groups, block)
     # no channel of a block that is none of the layer's has a bit
     blocked[Row.THRESHOLD] = by_block(rows[Row.THRESHOLD], groups, block, fill=np.inf)

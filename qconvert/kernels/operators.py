@@ -1,7 +1,7 @@
 """The packed layers' arithmetic as registered operators (`torch.ops.qconvert.*`): compiled, or in torch's own operations.
 
 Packed inputs are int64 tensors [plane][sample][D][H][W][group][word], D, H and W with their border: bit c of a word is a
-plane's bit of channel c, and the bits of the border are 0. Floats are tensors (N, C, D, H, W), put out in channels_last_3d.
+plane's bit of channel c, and the bits of the border are 0. Floats are tensors (N, C, D, H, W).
 """
 
 import math
@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import in_torch
 from .codes import WORD
+from .formats import memory_format
 from .geometry import Geometry, Window, geometry
 from .layout import by_block
 
@@ -114,12 +115,13 @@ def _packed_conv3d(
     weight_planes: int,
     sum_factor: int,
     border_factor: int,
+    channels_last: bool,
     has_values: bool,
     following: Sequence[int] | None,
 ) -> list[Tensor]:
     """Return the convolution of packed codes, and what comes after it: as floats, as bits, or both in this order.
 
-    ``y = prelu(factor * (base - 2 count + sum_factor * sum of the window's codes) + summand + residual) + last``
+    ``y = prelu(norm(scale * (base - 2 count + sum_factor * sum of the window's codes) + offset + bias) + residual) + last``
 
     Args:
         words: the packed input.
@@ -138,21 +140,25 @@ def _packed_conv3d(
         weight_planes: bits of the weight's codes.
         sum_factor: see above; 0 where the weight's levels lie around 0.
         border_factor: see tap_sums.
+        channels_last: whether floats are put out in channels_last_3d.
         has_values: whether the floats are wanted.
         following: the border of the convolution that reads the bits: where y is not below the table's threshold. None is no
             bits.
     """
     where = _geometry_of_words(words, Window.of(kernel_size, stride, border, dilation))
     groups, planes = words.shape[-2], (len(words), weight_planes)
+    form = memory_format(channels_last=channels_last)
     bases = base[None] if tap_sums is None else _with_border(base, tap_sums, border_factor, where, groups)
     if kernel is None or words.device.type != "cpu":
         totals = in_torch.totals(words, weight, bases, where, channels, group_inputs, planes, sum_factor)
-        return in_torch.finished(totals, table, residual, groups, has_values=has_values, following=following)
+        found = in_torch.finished(totals, table, residual, groups, has_values=has_values, following=following)
+        return [found[0].contiguous(memory_format=form), *found[1:]] if has_values else found
     sums = kernel.window_sums(words, where) * sum_factor if sum_factor else None
     after = None if following is None else _geometry_of_input(where.batch, channels, where.outputs, following, 1)
     return kernel.convolve(
-        words, weight, bases, sums, table, where, groups, channels, planes, residual, has_values=has_values, following=after
-    )
+        words, weight, bases, sums, table, where, groups, channels, planes, residual,
+        has_values=has_values, following=after, memory_format=form,
+    )  # fmt: skip
 
 
 pack_bits = torch.library.custom_op("qconvert::pack_bits", _pack_bits, mutates_args=())
@@ -174,11 +180,12 @@ def _(
 
 @packed_conv3d.register_fake
 def _(words: Tensor, weight: Tensor, base: Tensor, tap_sums: Tensor | None, table: Tensor, *rest: Any) -> list[Tensor]:
-    _, kernel_size, stride, _, dilation, channels, *_, has_values, following = rest
+    _, kernel_size, stride, _, dilation, channels, *_, channels_last, has_values, following = rest
     samples, size = words.shape[1], Window.of(kernel_size, stride, _NO_BORDER, dilation).outputs_of(words.shape[2:5])
     found = []
     if has_values:
-        found.append(table.new_empty((samples, *size, channels)).movedim(-1, 1))
+        form = memory_format(channels_last=channels_last)
+        found.append(torch.empty_like(table.new_empty((samples, channels, *size)), memory_format=form))
     if following is not None:
         found.append(_empty_words(words, 1, samples, channels, size, following, 1))
     return found

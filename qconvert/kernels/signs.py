@@ -87,7 +87,7 @@ def _words(x: Tensor, thresholds: Tensor | None, where: Geometry, groups: int, *
 
 def _table(channels: int, groups: int, scale: Tensor | None, offset: Tensor | None, bias: Tensor | None) -> Tensor:
     rows = torch.zeros(len(Row), channels)
-    rows[Row.SLOPE] = 1.0
-    for row, values, default in ((Row.FACTOR, scale, 1.0), (Row.SUMMAND, offset, 0.0), (Row.LAST, bias, 0.0)):
+    rows[Row.NORM_FACTOR] = rows[Row.SLOPE] = 1.0
+    for row, values, default in ((Row.SCALE, scale, 1.0), (Row.OFFSET, offset, 0.0), (Row.BIAS, bias, 0.0)):
         rows[row] = default if values is None else values  # values.numpy() would fix their memory, which FSDP frees
     return torch.from_numpy(epilogue_table(rows.numpy(), groups, BLOCK))

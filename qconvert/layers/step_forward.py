@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own idiom)
 from torch import Tensor
 
+from ..kernels.formats import is_channels_last, memory_format
 from ..kernels.signs import is_worth_it, signs_conv3d
 from .step import Step, column
 
@@ -41,8 +42,9 @@ def _in_words(step: Step, offset: Tensor | None, bias: Tensor | None) -> Tensor 
         return None
     if not is_worth_it(x, step.weight, *moved):
         return None
+    form = memory_format(channels_last=is_channels_last(step.x, step.weight))
     above = (step.source.comparison.becomes == 1, step.target.comparison.becomes == 1)  # type: ignore[union-attr]  # binary
-    output = signs_conv3d(x, step.weight, *given, *moved, above=above, memory_format=_memory_format(step))
+    output = signs_conv3d(x, step.weight, *given, *moved, above=above, memory_format=form)
     return output if x is step.x else output[0]
 
 
@@ -59,10 +61,3 @@ def _of_codes(step: Step) -> Tensor:
     codes, padding = step.padded_codes()
     geometry = step.geometry
     return F.conv3d(codes, step.quantized_weight(), None, geometry.stride, padding, geometry.dilation, geometry.groups)
-
-
-def _memory_format(step: Step) -> torch.memory_format:
-    """Return that of what a float convolution puts out."""
-    wide = torch.channels_last_3d
-    tensors = [each for each in (step.x, step.weight) if each.dim() == step.weight.dim() and not each.is_contiguous()]
-    return wide if any(each.is_contiguous(memory_format=wide) for each in tensors) else torch.contiguous_format

@@ -11,30 +11,42 @@ Operation = Callable[[Tensor], Tensor]
 
 
 class Epilogue:
-    """What comes after a layer's sums: ``y = prelu(factor * sum + summand + residual) + last``, for each output channel.
+    """What comes after a layer's sums, for each output channel, rounded to float32 after each operation as in the model.
+
+    ``y = prelu(norm_factor * (scale * sum + offset + bias) + norm_summand + residual) + last``
 
     It takes in the operations that follow in a model, as long as they have this form.
 
+    Args:
+        scale, offset, bias: the layer's own, float64 (O,).
+        operation: what the layer does with its sums.
+
     Attributes:
-        factor, summand, slope, last: float64 (O,). The slope is that of values which are not above 0.
+        scale, offset, bias: the layer's own, float64 (O,), and so are the others.
+        norm_factor, norm_summand: of a BatchNorm.
+        slope, last: of a PReLU. The slope is that of values which are not above 0.
+        is_normalized: whether there is a norm.
         has_residual: whether something is added.
         is_bent: whether there is a slope.
         operations: what has been taken in, as functions of a tensor (1, O, ...): the layer's own first.
     """
 
-    def __init__(self, factor: Tensor, summand: Tensor, operation: Operation) -> None:
-        self.factor, self.summand = factor, summand
-        self.slope, self.last = torch.ones_like(factor), torch.zeros_like(factor)
+    def __init__(self, scale: Tensor, offset: Tensor, bias: Tensor, operation: Operation) -> None:
+        self.scale, self.offset, self.bias = scale, offset, bias
+        self.norm_factor, self.slope = torch.ones_like(bias), torch.ones_like(bias)
+        self.norm_summand, self.last = torch.zeros_like(bias), torch.zeros_like(bias)
+        self.is_normalized = False
         self.has_residual = False
         self.is_bent = False
-        self.operations = [operation]
+        self.operations: tuple[Operation, ...] = (operation,)
 
-    def scale(self, factor: Tensor, summand: Tensor, operation: Operation) -> bool:
+    def normalize(self, factor: Tensor, summand: Tensor, operation: Operation) -> bool:
         """Take in ``factor * y + summand``, a BatchNorm, and return whether that can be."""
-        if self.has_residual or self.is_bent:
+        if self.is_normalized or self.has_residual or self.is_bent:
             return False
-        self.factor, self.summand = self.factor * factor, self.summand * factor + summand
-        self.operations.append(operation)
+        self.norm_factor, self.norm_summand = factor, summand
+        self.is_normalized = True
+        self.operations = (*self.operations, operation)
         return True
 
     def add(self) -> bool:
@@ -48,9 +60,9 @@ class Epilogue:
         """Take in ``prelu(y + before) + after``, and return whether that can be."""
         if self.is_bent:
             return False
-        self.summand, self.slope, self.last = self.summand + before, slope.expand_as(self.slope), self.last + after
+        self.norm_summand, self.slope, self.last = self.norm_summand + before, slope.expand_as(self.slope), self.last + after
         self.is_bent = True
-        self.operations.append(operation)
+        self.operations = (*self.operations, operation)
         return True
 
     @property
@@ -60,8 +72,8 @@ class Epilogue:
 
     def rows(self) -> Tensor:
         """Return the rows of a layer's table, float32 (rows, O), without thresholds."""
-        nothing = torch.full_like(self.factor, math.inf)
-        return torch.stack([self.factor, self.summand, self.slope, self.last, nothing]).float()
+        own, norm = (self.scale, self.offset, self.bias), (self.norm_factor, self.norm_summand)
+        return torch.stack([*own, *norm, self.slope, self.last, torch.full_like(self.bias, math.inf)]).float()
 
     @torch.no_grad()
     def whole_thresholds(self, thresholds: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """What follows a packed layer in the model's graph, taken into its epilogue; bits handed on from one to the next."""
 
+import copy
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,8 +26,14 @@ _Modules = Mapping[Any, nn.Module]
 
 _RELU = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_CONCATENATE = {torch.cat, torch.concat, torch.concatenate}
+_CONCATENATED = 2
+"""Arguments of a concatenation: the tensors and the dimension."""
+_CHANNELS = {1, -4}
+"""The dimension of channels in (N, C, D, H, W)."""
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 """What passes its input on, in eval mode."""
+_TAKEN = (nn.BatchNorm3d, nn.ReLU, nn.LeakyReLU, nn.PReLU, *_NOTHING)
 
 
 def fuse(model: nn.Module, *, folds_floats: bool) -> dict[str, str]:
@@ -136,6 +144,10 @@ def _fuse_region(region: nn.Module, graph: fx.Graph, names: Counter[nn.Module], 
     for node in list(graph.nodes) if folds_floats else ():
         _fold_norm(node, modules, alone)
     ends = {_take_in(node, layer, modules): layer for node, layer in layers.items()}
+    for node in graph.nodes:
+        parts = _parts(node)
+        if parts and all(part in ends for part in parts):
+            _take_in_before(node, [ends[part] for part in parts], modules)
     for node, layer in ends.items():
         _hand_on(node, layer, ends)
     graph.lint()
@@ -146,7 +158,9 @@ def _take_in(node: fx.Node, layer: PackedConv3d, modules: _Modules) -> fx.Node:
     while len(node.users) == 1:
         (after,) = node.users
         other = _added_to(node, after)
-        if not (_takes(layer.epilogue, after, modules) if other is None else layer.epilogue.add()):
+        module = _module_of(after, modules)
+        is_taken = module is not None and _takes(layer.epilogue, module)
+        if not (is_taken if other is None else layer.epilogue.add()):
             break
         with node.graph.inserting_before(after):
             taken = node.graph.call_module(str(node.target), node.args if other is None else (node.args[0], other))
@@ -157,6 +171,45 @@ def _take_in(node: fx.Node, layer: PackedConv3d, modules: _Modules) -> fx.Node:
         node = taken
     layer.finish()
     return node
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors whose channels a node puts side by side, where no other node reads any of them, else []."""
+    if node.op != "call_function" or node.target not in _CONCATENATE or len(node.args) + len(node.kwargs) != _CONCATENATED:
+        return []
+    parts, dim = node.args[0] if node.args else None, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if not isinstance(parts, list | tuple) or dim not in _CHANNELS or len(set(parts)) < len(parts):
+        return []
+    return [] if any(not isinstance(part, fx.Node) or len(part.users) > 1 for part in parts) else list(parts)
+
+
+def _take_in_before(node: fx.Node, layers: Sequence[PackedConv3d], modules: _Modules) -> None:
+    """Let layers whose outputs the node puts side by side do what follows it, each for its own channels."""
+    ends = accumulate(layer.out_channels for layer in layers)
+    channels = [slice(end - layer.out_channels, end) for end, layer in zip(ends, layers, strict=True)]
+    while len(node.users) == 1:
+        (after,) = node.users
+        epilogues = [copy.copy(layer.epilogue) for layer in layers]
+        module = _module_of(after, modules)
+        parts = [] if module is None else [_of_channels(module, some) for some in channels]
+        if not parts or not all(map(_takes, epilogues, parts)):
+            return
+        for layer, epilogue in zip(layers, epilogues, strict=True):
+            layer.epilogue = epilogue
+            layer.takes_in.append(_title(after, modules))
+            layer.finish()
+        after.replace_all_uses_with(node)
+        node.graph.erase_node(after)
+
+
+def _of_channels(module: nn.Module, channels: slice) -> nn.Module:
+    """Return what a module, which treats channels one by one, does to some of them."""
+    part = copy.deepcopy(module)
+    for tensors in (part._parameters, part._buffers):
+        for name, values in tensors.items():
+            if values is not None and values.numel() > 1:  # one number is for all channels
+                tensors[name] = values.detach()[channels]  # type: ignore[assignment]  # no Parameter: nobody trains it
+    return part
 
 
 def _fold_norm(node: fx.Node, modules: _Modules, alone: Set[nn.Module]) -> None:
@@ -199,16 +252,20 @@ def _added_to(value: fx.Node, node: fx.Node) -> fx.Node | None:
     return other if is_sum else None  # type: ignore[return-value]  # a Node
 
 
-def _takes(epilogue: Epilogue, node: fx.Node, modules: _Modules) -> bool:
-    """Take the operation of a node in, and return whether that can be."""
+def _module_of(node: fx.Node, modules: _Modules) -> nn.Module | None:
+    """Return a module that does what the node does, if it is of those that a layer may take in."""
     if node.op != "call_module":
         is_relu = node.target in _RELU and len(node.args) == 1 and not set(node.kwargs) - {"inplace"}
-        return is_relu and epilogue.bend(torch.zeros(1).double(), torch.relu)
+        return nn.ReLU() if is_relu else None
     module = modules[node.target]
-    if has_hooks(module) or len(node.args) != 1 or node.kwargs:
-        return False
+    is_plain = not has_hooks(module) and len(node.args) == 1 and not node.kwargs
+    return module if is_plain and isinstance(module, _TAKEN) else None
+
+
+def _takes(epilogue: Epilogue, module: nn.Module) -> bool:
+    """Take in what a module does, and return whether that can be."""
     if isinstance(module, nn.BatchNorm3d):
-        return _is_constant(module) and epilogue.scale(*_of_norm(module), module)
+        return _is_constant(module) and epilogue.normalize(*_of_norm(module), module)
     slope = _slope(module)
     return type(module) in _NOTHING or (slope is not None and epilogue.bend(slope, module))
 
@@ -223,12 +280,12 @@ def _slope(module: nn.Module) -> Tensor | None:
 
 
 def _of_norm(norm: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
-    """Return factor and summand of a BatchNorm in eval mode, float64 (C,)."""
-    mean, variance = (each.double() for each in (norm.running_mean, norm.running_var) if each is not None)
-    factor = 1 / (variance + norm.eps).sqrt()
-    factor = factor if norm.weight is None else norm.weight.detach().double() * factor
-    shift = 0.0 if norm.bias is None else norm.bias.detach().double()
-    return factor, shift - mean * factor
+    """Return factor and summand of a BatchNorm in eval mode, (C,), as torch itself computes them."""
+    zeros: Tensor = torch.zeros_like(norm.running_mean)  # type: ignore[arg-type]  # it has statistics
+    ones = (zeros + 1).view(1, -1, 1, 1, 1)
+    factor = F.batch_norm(ones, zeros, norm.running_var, norm.weight, eps=norm.eps)
+    summand = norm(zeros.view(1, -1, 1, 1, 1))
+    return factor.detach().flatten().double(), summand.detach().flatten().double()
 
 
 def _hand_on(node: fx.Node, layer: PackedConv3d, by_node: dict[fx.Node, PackedConv3d]) -> None:

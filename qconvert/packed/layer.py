@@ -1,6 +1,7 @@
 """`PackedConv3d`: a quantized convolution that computes with bits."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ModelError
 from ..kernels.codes import in_pieces
+from ..kernels.formats import is_channels_last
 from ..kernels.geometry import Window
 from ..kernels.in_torch import by_channel
 from ..kernels.layout import Row, arranged, by_block, epilogue_table
@@ -32,11 +34,12 @@ _SINGLE = 4
 class PackedConv3d(nn.Module):
     """A quantized convolution that computes with bits, and what comes after it in the same pass over the output.
 
-    Forward: ``y = prelu(factor * conv3d(pad(codes(x)), codes of the weight) + summand + residual) + last``.
+    Forward: ``y = prelu(norm(scale * conv3d(pad(codes(x)), codes of the weight) + offset + bias) + residual) + last``,
+    where ``norm(v) = norm_factor * v + norm_summand``, all of them per output channel.
 
-    Shapes: x (N, C, D, H, W) float32, or its packed codes (int64, see operators.py); residual and output (N, O, D', H', W'),
-    the output in channels_last_3d. The sums are whole numbers, the same as those of the layer that was packed; what comes
-    after is rounded to float32 after each operation.
+    Shapes: x (N, C, D, H, W) float32, or its packed codes (int64, see operators.py); residual and output (N, O, D', H', W').
+    The sums are whole numbers, the same as those of the layer that was packed; what comes after is rounded to float32 after
+    each operation.
 
     Args:
         layer: the layer that is packed, for which `no_packing` is None.
@@ -46,6 +49,7 @@ class PackedConv3d(nn.Module):
         takes_in: the operations of the model in it, by name.
         following: border of the layer that reads packed outputs, None where none does.
         has_values: whether floats are put out too.
+        channels_last: whether they are always put out in channels_last_3d, or else in the memory format of the input.
     """
 
     weight: Tensor
@@ -70,6 +74,7 @@ class PackedConv3d(nn.Module):
         self.register_buffer("float_table", None)
         self.following: list[int] | None = None
         self.has_values = True
+        self.channels_last = False
         self.takes_in: list[str] = []
         inputs, quantized = input_quantizer(layer), quantized_weight(layer)
         self.input_levels = input_levels(inputs)
@@ -108,9 +113,8 @@ class PackedConv3d(nn.Module):
     def _take_epilogue(self, layer: QConv3d) -> None:
         ones, zeros = torch.ones(self.out_channels).double(), torch.zeros(self.out_channels).double()
         scale = ones if layer.scale is None else layer.scale.detach().double()
-        summands = [each.detach().double() for each in (layer.offset, layer.bias) if each is not None]
-        own = partial(_own, layer.scale, layer.offset, layer.bias)
-        self.epilogue = Epilogue(self._unit * scale, sum(summands, zeros), own)
+        offset, bias = (zeros if each is None else each.detach().double() for each in (layer.offset, layer.bias))
+        self.epilogue = Epilogue(self._unit * scale, offset, bias, partial(_own, layer.scale, layer.offset, layer.bias))
         self._adds_input = layer.shortcut
         if layer.shortcut:
             self.epilogue.add()
@@ -134,8 +138,9 @@ class PackedConv3d(nn.Module):
         rows[Row.THRESHOLD] = thresholds
         if self.planes == (1, 1) and not has_values and self.epilogue.is_monotone:
             # the sums are whole numbers of at most that magnitude, and nothing else is wanted of them
-            rows[Row.FACTOR], rows[Row.THRESHOLD] = self.epilogue.whole_thresholds(thresholds, self._products)
-            rows[Row.SUMMAND], rows[Row.SLOPE], rows[Row.LAST] = 0.0, 1.0, 0.0
+            rows[Row.SCALE], rows[Row.THRESHOLD] = self.epilogue.whole_thresholds(thresholds, self._products)
+            rows[Row.OFFSET] = rows[Row.BIAS] = rows[Row.NORM_SUMMAND] = rows[Row.LAST] = 0.0
+            rows[Row.NORM_FACTOR] = rows[Row.SLOPE] = 1.0
         self.table = self._table(rows)
 
     def _table(self, rows: Tensor) -> Tensor:
@@ -157,26 +162,34 @@ class PackedConv3d(nn.Module):
         words = batch if x.dtype == torch.int64 else self.pack(batch)
         residual = x if self._adds_input else residual
         size = (words.shape[1], self.out_channels, *self._window.outputs_of(words.shape[2:5]))
+        convolve = partial(self._convolve, words, channels_last=self.channels_last or is_channels_last(x))
         if not is_single and (residual is None or residual.shape == size):
-            found = self._convolve(words, self.table, residual, has_values=self.has_values, following=self.following)
+            found = convolve(self.table, residual, has_values=self.has_values, following=self.following)
             return found[0] if len(found) == 1 else found
-        values = self._in_floats(words, residual, is_single=is_single)
+        values = self._in_floats(convolve, residual, is_single=is_single)
         return [values, values] if self.has_values and self.following is not None else values
 
-    def _in_floats(self, words: Tensor, residual: Tensor | None, *, is_single: bool) -> Tensor:
+    def _in_floats(self, convolve: Callable[..., list[Tensor]], residual: Tensor | None, *, is_single: bool) -> Tensor:
         if residual is None:
-            (values,) = self._convolve(words, self.float_table, None, has_values=True, following=None)
+            (values,) = convolve(self.float_table, None, has_values=True, following=None)
             return values[0] if is_single else values
         table = self.float_table.clone()
         table[:, Row.SLOPE], table[:, Row.LAST] = 1.0, 0.0
-        (values,) = self._convolve(words, table, None, has_values=True, following=None)
+        (values,) = convolve(table, None, has_values=True, following=None)
         rows = by_channel(self.float_table.movedim(1, 0), self.groups, self.out_channels)
         slope, last = (rows[row].view(-1, 1, 1, 1) for row in (Row.SLOPE, Row.LAST))
         values = (values[0] if is_single else values) + residual
         return torch.where(values > 0, values, values * slope) + last
 
     def _convolve(
-        self, words: Tensor, table: Tensor, residual: Tensor | None, *, has_values: bool, following: list[int] | None
+        self,
+        words: Tensor,
+        table: Tensor,
+        residual: Tensor | None,
+        *,
+        channels_last: bool,
+        has_values: bool,
+        following: list[int] | None,
     ) -> list[Tensor]:
         found: list[Tensor] = packed_conv3d(
             words,
@@ -194,6 +207,7 @@ class PackedConv3d(nn.Module):
             self.planes[1],
             2 * self._centre[1],
             self.twice_border,
+            channels_last,
             has_values,
             following,
         )

@@ -94,9 +94,11 @@ def _described(name: str, layer: nn.Module, precision: str, reason: str | None) 
 
 
 def _cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let float convolutions compute in the dtype, and in the memory format of what is packed."""
+    """Let float convolutions compute in the dtype, and all of them in channels_last_3d."""
     for conv in model.modules():
-        if isinstance(conv, nn.Conv3d) and not isinstance(conv, QConv3d_NoAct):
+        if isinstance(conv, BitConv3d):
+            conv.packed.channels_last = True
+        elif isinstance(conv, nn.Conv3d) and not isinstance(conv, QConv3d_NoAct):
             conv.to(dtype).to(memory_format=torch.channels_last_3d)
             conv.register_forward_pre_hook(partial(_cast_input, dtype))
             conv.register_forward_hook(_cast_output)

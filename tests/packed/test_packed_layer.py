@@ -238,7 +238,8 @@ def test_the_operators_are_torchs_own_kind() -> None:
     sizes = (made.kernel_size, made.stride, made.border, made.dilation, 40, 70, 2, -2, 1)
     tensors = (words, made.weight, made.base, torch.randint(-9, 9, (40, 3, 3, 3)), made.table, torch.randn(2, 40, 3, 4, 5))
     for has_values, following in ((True, None), (False, [1, 0, 2, 1, 0, 0]), (True, [1] * 6)):
-        torch.library.opcheck(operators.packed_conv3d, (*tensors, *sizes, has_values, following))
+        for channels_last in (False, True):
+            torch.library.opcheck(operators.packed_conv3d, (*tensors, *sizes, channels_last, has_values, following))
 
 
 def test_its_products_are_counted_as_those_of_a_float_convolution() -> None:

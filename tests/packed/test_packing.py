@@ -75,7 +75,7 @@ def given(packed: nn.Module) -> list[tuple[tuple[str, ...], str]]:
 
 @torch.no_grad()
 def assert_same(packed: nn.Module, model: nn.Module, x: Tensor) -> None:
-    assert_close(packed(x), model(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(packed(x), model(x))
 
 
 def test_a_block_is_two_passes_and_hands_bits_on() -> None:
@@ -170,6 +170,88 @@ def test_bits_that_nobody_else_reads_are_those_of_the_model_without_any_rounding
     x = torch.randn(4, 64, 6, 12, 12)
     with torch.no_grad():
         assert torch.equal(packed(x), model(x))
+
+
+class Branches(nn.Module):
+    """Binary convolutions of 32 and 40 channels side by side, with an operation behind them."""
+
+    def __init__(self, after: Any, dim: int = 1) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv3d(64, 32, 3, padding=1), nn.Conv3d(64, 40, 1)
+        self.after, self.dim = after, dim
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [self.left(x), self.right(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.cat(self.parts(x), dim=self.dim))
+
+
+class ReadTwice(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.parts(x)
+        return self.after(torch.cat([left, right], self.dim)).sum(1) + left.sum(1)
+
+
+class SideBySideTwice(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x)
+        return self.after(torch.cat([left, left], self.dim))
+
+
+class WithTheInput(Branches):
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [*super().parts(x), x]
+
+
+class OneIsBent(Branches):
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [F.relu(self.left(x)), self.right(x)]
+
+
+class AlongDepth(Branches):
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [self.left(x), self.right(x)[:, :32]]
+
+
+def normed(channels: int = 72) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm3d(channels), nn.PReLU(channels))
+
+
+@pytest.mark.parametrize(
+    ("model", "taken"),
+    [
+        (Branches(normed()), [("BatchNorm3d", "PReLU")] * 2),
+        (Branches(nn.PReLU(), dim=-4), [("PReLU",)] * 2),
+        (Branches(F.relu), [("relu",)] * 2),
+        (Branches(nn.Sequential(nn.ReLU(), nn.BatchNorm3d(72))), [("ReLU",)] * 2),
+        (Branches(nn.Sequential(nn.BatchNorm3d(72), nn.Sigmoid())), [("BatchNorm3d",)] * 2),
+        (Branches(nn.BatchNorm3d(72, track_running_stats=False)), [(), ()]),
+        (ReadTwice(normed()), [(), ()]),
+        (SideBySideTwice(normed(64)), [(), ()]),
+        (WithTheInput(normed(136)), [(), ()]),
+        (OneIsBent(nn.BatchNorm3d(72)), [("relu",), ()]),
+        (AlongDepth(normed(32), dim=2), [(), ()]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_branches_take_in_what_follows_their_concatenation(model: nn.Module, taken: list[tuple[str, ...]]) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.PReLU):
+            nn.init.normal_(module.weight)
+    model, x = converted(model), clip()
+    packed = pack(model)
+    assert [each.takes_in for each in packed.summary().layers] == taken
+    assert_same(packed, model, x)
+
+
+def test_a_hook_behind_a_concatenation_still_runs() -> None:
+    model = converted(Branches(normed()))
+    seen: list[Tensor] = []
+    model.after[0].register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    packed = pack(model)
+    assert_same(packed, model, clip())
+    assert_close(*seen, rtol=0, atol=0)
 
 
 class Written(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import Entry, run, seeded
 from torch import nn
+from torch.testing import assert_close
 from zoo import ZOO
 
 from qconvert import binarize, pack
@@ -12,11 +13,9 @@ from qconvert.packed import obstacles
 
 BINARY = {"rule": [{"weight": {"quantizer": "sign", "scale": "channel"}, "input": {"quantizer": "sign", "threshold": 0.1}}]}
 
-TOLERANCE = 1e-2
-"""Of the largest output, in the mean: a sign within rounding of its threshold may be another."""
-
-DRAWS = {"monai AutoencoderKL"}
-"""Their noise is drawn in the memory format of a layer's output, which packing changes."""
+ROUNDED = {"diffusers Allegro"}
+"""It gives layers inputs in channels_last_3d, and float convolutions this small put out the usual format all the same: then
+the GroupNorm behind them rounds otherwise."""
 
 
 def outputs(model: nn.Module, entry: Entry) -> list[torch.Tensor]:
@@ -28,8 +27,6 @@ def outputs(model: nn.Module, entry: Entry) -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_a_packed_model_puts_out_what_the_converted_one_does(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    if entry.name in DRAWS:
-        pytest.skip("it draws noise")
     monkeypatch.setattr(obstacles, "LEAST_PRODUCTS", 0)
     seeded()
     model = binarize(entry.build().eval(), BINARY, report=False)
@@ -37,6 +34,5 @@ def test_a_packed_model_puts_out_what_the_converted_one_does(entry: Entry, monke
     layers = packed.summary().layers
     assert all(layer.reason is None or layer.reason for layer in layers)
     for theirs, ours in zip(outputs(model, entry), outputs(packed, entry), strict=True):
-        if theirs.is_floating_point():
-            largest = theirs.double().nan_to_num().abs().max()
-            assert (ours.double() - theirs.double()).nan_to_num().abs().mean() <= TOLERANCE * largest
+        tolerance = 1e-5 if entry.name in ROUNDED else 0
+        assert_close(ours, theirs, rtol=0, atol=tolerance, equal_nan=True)

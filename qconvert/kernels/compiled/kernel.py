@@ -139,7 +139,7 @@ def convolve(
     *,
     has_values: bool,
     following: Geometry | None,
-    memory_format: torch.memory_format = torch.channels_last_3d,
+    memory_format: torch.memory_format,
 ) -> list[Tensor]:
     """Return outputs, their bits for the layer that follows, or both, see `qconvert::packed_conv3d`."""
     place = convolving.Argument

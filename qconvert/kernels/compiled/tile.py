@@ -6,6 +6,7 @@ whichever there is. Two ways to count, by processor: words where a vector of 64-
 (AVX-512's VPOPCNTDQ), bytes elsewhere (AVX2, NEON), which are added up to 64 bits before they overflow.
 """
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,9 @@ def _features() -> set[str]:
 
 
 COUNTS_WORDS = "avx512vpopcntdq" in _features()
+
+FUSES_ADDITION = "fma" in _features() or platform.machine() not in ("x86_64", "AMD64")
+"""Every 64-bit ARM processor does."""
 
 SHAPE = Shape(4, 4, 8, 0) if COUNTS_WORDS else Shape(2, 4, 4, 31)
 """The accumulators of a tile fit into the registers: 32 of 512 bits, or 16 of 256."""
@@ -199,10 +203,11 @@ def _put_out(
         above = []
         for v in range(SHAPE.vectors):
             place = 4 * SHAPE.lanes * v
-            factor, summand, slope, last, threshold = (
+            scale, offset, bias, norm_factor, norm_summand, slope, last, threshold = (
                 _load(b, channels, 4 * SHAPE.channels * row + place, _FLOATS, 4) for row in Row
             )
-            y = b.fadd(b.fmul(b.sitofp(b.trunc(sums[p][v], narrow), _FLOATS), factor), summand)
+            y = b.fadd(b.fmul(b.sitofp(b.trunc(sums[p][v], narrow), _FLOATS), scale), offset)
+            y = _multiplied_and_added(b, b.fadd(y, bias), norm_factor, norm_summand)
             y = _with_residual(b, y, has_residual, b.add(residuals, _number(_WORD * p)), place)
             y = b.fadd(b.select(b.fcmp_ordered(">", y, _zero(_FLOATS)), y, b.fmul(y, slope)), last)
             with b.if_then(has_output):
@@ -210,6 +215,14 @@ def _put_out(
             above.append(b.fcmp_unordered(">=", y, threshold))
         with b.if_then(has_bits):
             _store(b, _as_bits(b, above), _load_word(b, bits, p))
+
+
+def _multiplied_and_added(b: ir.IRBuilder, y: ir.Value, factor: ir.Value, summand: ir.Value) -> ir.Value:
+    """Return ``y * factor + summand`` as torch's BatchNorm does: rounded once where the processor can."""
+    if not FUSES_ADDITION:
+        return b.fadd(b.fmul(y, factor), summand)
+    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{SHAPE.lanes}f32")
+    return b.call(fma, [y, factor, summand])
 
 
 def _with_residual(b: ir.IRBuilder, y: ir.Value, is_there: ir.Value, address: ir.Value, place: int) -> ir.Value:
