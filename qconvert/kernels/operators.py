@@ -80,13 +80,13 @@ def _reading(border: Sequence[int]) -> Window:
 
 
 def _with_border(base: Tensor, tap_sums: Tensor, factor: int, where: Geometry, groups: int) -> Tensor:
-    """Return the base for each class of positions, int64 [class][group, block][channel]."""
+    """Return the base for each class of positions, int32 [class][group, block][channel]."""
     if tap_sums not in _bases:
         _bases[tap_sums] = {}
     of_weight: dict[Geometry, Tensor] = _bases[tap_sums]
     if where not in of_weight:
         outside = torch.from_numpy(by_block(factor * where.outside(tap_sums.numpy()), groups, base.shape[-1]))
-        of_weight[where] = base + outside
+        of_weight[where] = base + outside.int()
     return of_weight[where]
 
 
@@ -126,7 +126,7 @@ def _packed_conv3d(
     Args:
         words: the packed input.
         weight: words [group, block][word][channel], see `layout.arranged`.
-        base: int64 [group, block][channel].
+        base: int32 [group, block][channel].
         tap_sums: int64 (O, kD, kH, kW): what is added to the base for each tap in the border, times border_factor. None is
             nothing.
         table: float32 [group, block][row][channel], see `layout.Row`.

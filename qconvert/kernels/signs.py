@@ -68,7 +68,7 @@ def signs_conv3d(
     where = geometry(window, len(x), tuple(x.shape[2:]), groups, -(-x.shape[1] // groups // WORD))
     words = _words(x, thresholds, where, groups, above=above[0])
     of_weight = kernel.pack_weight(weight.contiguous(), groups, above=above[1])
-    bases = torch.full((1, len(of_weight), BLOCK), products)
+    bases = torch.full((1, len(of_weight), BLOCK), products, dtype=torch.int32)
     table = _table(outputs, groups, scale, offset, bias)
     (values,) = kernel.convolve(
         words, of_weight, bases, None, table, where, groups, outputs, (1, 1), None,

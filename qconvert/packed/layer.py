@@ -105,7 +105,7 @@ class PackedConv3d(nn.Module):
         self.register_buffer("weight", torch.from_numpy(words))
         self._centre = tuple(_centre(each) for each in (self.input_levels, levels))
         sums = (2 * codes - (2**levels.bits - 1) + self._centre[1]).sum(1, dtype=np.int64)
-        self.register_buffer("base", self._blocked(torch.from_numpy(self._base(sums.sum((1, 2, 3))))))
+        self.register_buffer("base", self._blocked(torch.from_numpy(self._base(sums.sum((1, 2, 3)))).int()))
         self.register_buffer("tap_sums", torch.from_numpy(sums) if self.twice_border else None)
         ours, theirs = (each.step / 2 * each.unit / each.divisor for each in (self.input_levels, levels))
         self._unit = ours * theirs

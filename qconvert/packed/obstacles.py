@@ -18,6 +18,9 @@ from .weights import own_weight, quantized_weight
 MOST_BITS = 8
 """Of a code: beyond, pairs of planes cost more than products of floats."""
 
+SUMS = 1 << 31
+"""What no sum reaches: they are int32."""
+
 LEAST_PRODUCTS = 8
 """Products of a layer for each word that it would compare: with fewer, in small groups, floats are faster."""
 
@@ -43,6 +46,8 @@ def _reasons(layer: QConv3d) -> Iterator[str]:
     elif max(levels.bits, inputs.bit_width) > MOST_BITS:
         widths = f"{levels.bits}-bit weights and {inputs.bit_width}-bit inputs"
         yield f"{widths}: with more than {MOST_BITS} bits floats are faster"
+    elif quantized[0].numel() << levels.bits + inputs.bit_width >= SUMS:
+        yield "its sums may take more than 31 bits"
     if quantized.dtype != torch.float32 or quantized.device.type != "cpu":
         yield f"its weight is {quantized.dtype} on {quantized.device}: bits are counted on a CPU, beside float32"
     if not twice_border_code(layer).is_integer():

@@ -33,7 +33,7 @@ class Argument(IntEnum):
     POSITION_OFFSETS = auto()
     POSITION_COUNT = auto()
     BASES = auto()
-    """int64 [class][group][block][channel]: what twice the count is taken from."""
+    """int32 [class][group][block][channel]: what twice the count is taken from."""
     CLASSES = auto()
     """int64: the class of each position."""
     ADDENDS = auto()
@@ -84,7 +84,7 @@ def _aim(a, told, first_position, block):
         position = min(first_position + p, a[Argument.POSITION_COUNT] - 1)
         told[X_AT, p] = read_word(a[Argument.POSITION_OFFSETS] + 8 * position) + group * a[Argument.GROUP_BYTES]
         kind = read_word(a[Argument.CLASSES] + 8 * position) if a[Argument.CLASSES] != 0 else 0
-        told[BASE, p] = a[Argument.BASES] + 8 * CHANNELS * (kind * groups * a[Argument.BLOCKS] + block)
+        told[BASE, p] = a[Argument.BASES] + 4 * CHANNELS * (kind * groups * a[Argument.BLOCKS] + block)
         if a[Argument.ADDENDS] != 0:
             told[ADDEND, p] = read_word(a[Argument.ADDENDS] + 8 * (position * groups + group))
         value = 4 * ((position * groups + group) * channels + in_group)

@@ -59,10 +59,13 @@ SHAPE = Shape(4, 4, 8, 0) if COUNTS_WORDS else Shape(2, 4, 4, 31)
 
 
 _WORDS = ir.VectorType(I64, SHAPE.lanes)
-_FLOATS = ir.VectorType(F32, SHAPE.lanes)
+_NUMBERS = ir.VectorType(I32, 2 * SHAPE.lanes)
+_FLOATS = ir.VectorType(F32, 2 * SHAPE.lanes)
+"""Sums of two vectors of words: the registers hold twice as many."""
 _COUNTS = _WORDS if COUNTS_WORDS else ir.VectorType(I8, 8 * SHAPE.lanes)
 _WORD = 8  # bytes
 _VECTOR = _WORD * SHAPE.lanes
+_PAIRS = range(SHAPE.vectors // 2)
 
 
 @intrinsic
@@ -91,7 +94,7 @@ def tile(
         runs: pairs for each run of words: where it ends, and by how many bits the sum before it is shifted to the left.
         run_count: how many.
         weights: words of the channels, [word][channel].
-        bases: for each position, address of what twice the count is taken from, int64 for each channel.
+        bases: for each position, address of what twice the count is taken from, int32 for each channel.
         addends: for each position, an int64 that is added.
         channels: the rows of `Row`.
         residuals: for each position, address of what is added before the slope, float32 for each channel; or 0.
@@ -108,9 +111,10 @@ def _tile(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Valu
     counts = _counts(b, places, word_offsets, runs, run_count, weights)
     sums = []
     for p in range(SHAPE.positions):
-        base, addend = _load_word(b, bases, p), splat(b, _load_word(b, addends, p), _WORDS)
-        twice = [b.shl(count, ir.Constant(_WORDS, [1] * SHAPE.lanes)) for count in counts[p]]
-        sums.append([b.add(b.sub(_load(b, base, _VECTOR * v, _WORDS), twice[v]), addend) for v in range(SHAPE.vectors)])
+        base, addend = _load_word(b, bases, p), splat(b, b.trunc(_load_word(b, addends, p), I32), _NUMBERS)
+        one = ir.Constant(_NUMBERS, [1] * _NUMBERS.count)
+        twice = [b.shl(_narrowed(b, *counts[p][2 * v : 2 * v + 2]), one) for v in _PAIRS]
+        sums.append([b.add(b.sub(_load(b, base, _VECTOR * v, _NUMBERS, 4), twice[v]), addend) for v in _PAIRS])
     _put_out(b, sums, *after)
     return context.get_dummy_value()
 
@@ -181,11 +185,20 @@ def _widened(b: ir.IRBuilder, counts: ir.Value) -> ir.Value:
     """Return the sums of each 8 bytes as 64-bit words."""
     if COUNTS_WORDS:
         return counts
+    if "avx2" in _features():
+        sad = cgutils.get_or_insert_function(b.module, ir.FunctionType(_WORDS, [_COUNTS] * 2), "llvm.x86.avx2.psad.bw")
+        return b.call(sad, [counts, _zero(_COUNTS)])
     words = b.bitcast(counts, _WORDS)
     for width, mask in ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0x00000000FFFFFFFF)):
         masks, widths = (ir.Constant(_WORDS, [each] * SHAPE.lanes) for each in (mask, width))
         words = b.add(b.and_(words, masks), b.and_(b.lshr(words, widths), masks))
     return words
+
+
+def _narrowed(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    """Return the lower halves of two vectors of words side by side."""
+    lower = ir.Constant(ir.VectorType(I32, _NUMBERS.count), list(range(0, 2 * _NUMBERS.count, 2)))
+    return b.shuffle_vector(b.bitcast(first, _NUMBERS), b.bitcast(second, _NUMBERS), lower)
 
 
 def _put_out(
@@ -197,16 +210,15 @@ def _put_out(
     bits: ir.Value,
 ) -> None:
     """Bring the sums to float, through what comes after the convolution, and store them, their bits, or both."""
-    narrow = ir.VectorType(I32, SHAPE.lanes)
     has_residual, has_output, has_bits = (b.icmp_signed("!=", each, _number(0)) for each in (residuals, outputs, bits))
     for p in range(SHAPE.positions):
         above = []
-        for v in range(SHAPE.vectors):
-            place = 4 * SHAPE.lanes * v
+        for v in _PAIRS:
+            place = _VECTOR * v
             scale, offset, bias, norm_factor, norm_summand, slope, last, threshold = (
                 _load(b, channels, 4 * SHAPE.channels * row + place, _FLOATS, 4) for row in Row
             )
-            y = b.fadd(b.fmul(b.sitofp(b.trunc(sums[p][v], narrow), _FLOATS), scale), offset)
+            y = b.fadd(b.fmul(b.sitofp(sums[p][v], _FLOATS), scale), offset)
             y = _multiplied_and_added(b, b.fadd(y, bias), norm_factor, norm_summand)
             y = _with_residual(b, y, has_residual, b.add(residuals, _number(_WORD * p)), place)
             y = b.fadd(b.select(b.fcmp_ordered(">", y, _zero(_FLOATS)), y, b.fmul(y, slope)), last)
@@ -221,7 +233,7 @@ def _multiplied_and_added(b: ir.IRBuilder, y: ir.Value, factor: ir.Value, summan
     """Return ``y * factor + summand`` as torch's BatchNorm does: rounded once where the processor can."""
     if not FUSES_ADDITION:
         return b.fadd(b.fmul(y, factor), summand)
-    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{SHAPE.lanes}f32")
+    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{_FLOATS.count}f32")
     return b.call(fma, [y, factor, summand])
 
 
