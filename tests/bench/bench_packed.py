@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_memory
 from peak import words_per_second
 from ratios import Ratio, measure
 from tabulate import tabulate
@@ -99,7 +100,8 @@ def whole(name: str, model: nn.Module, rules: Any, x: Tensor) -> None:
     ways: dict[str, Callable[[], object]] = {"float32 eager": partial(model, x)}
     converted = qconvert.binarize(model, rules, report=False).eval()
     ways["converted, not packed"] = partial(converted, x)
-    ways["packed"] = partial(qconvert.pack(converted), x)
+    packed = qconvert.pack(converted)
+    ways["packed"] = partial(packed, x)
     ways["packed, float parts in bfloat16"] = partial(qconvert.pack(converted, dtype=torch.bfloat16), x)
     for title, build in ALTERNATIVES.items():
         with said(f"{name}: {title}"):
@@ -108,7 +110,9 @@ def whole(name: str, model: nn.Module, rules: Any, x: Tensor) -> None:
             ways[title] = run
     times = measure(ways, ROUNDS)
     print(name)
-    print(tabulate([row(each, times) for each in times], ["", "ms", "x float32", "lowest - highest"], floatfmt=".3g"), "\n")
+    print(tabulate([row(each, times) for each in times], ["", "ms", "x float32", "lowest - highest"], floatfmt=".3g"))
+    peaks = (peak_memory(each, x) for each in (model, packed))
+    print("peak memory: float32 {:.0f} MiB, packed {:.0f} MiB\n".format(*peaks))
 
 
 @contextmanager

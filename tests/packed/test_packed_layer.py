@@ -252,6 +252,25 @@ def test_its_products_are_counted_as_those_of_a_float_convolution() -> None:
     assert counts[0] == counts[1] > 0
 
 
+def eight_bits(channels: int) -> QConv3d:
+    """Return a layer whose sums reach 27 * 255 * 255 for each channel."""
+    return QConv3d(channels, 16, 3, input_quantization=LSQ(8), weight_quantization=LSQ(8))
+
+
+@pytest.mark.parametrize("with_numba", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_floats_come_in_the_memory_format_of_the_input(
+    memory_format: torch.memory_format, with_numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_numba:
+        monkeypatch.setattr(operators, "kernel", None)
+    made, x = layer(65, 33, 3), torch.randn(2, 65, 4, 5, 6).contiguous(memory_format=memory_format)
+    packed = PackedConv3d(made)
+    assert packed(x).is_contiguous(memory_format=memory_format)
+    packed.channels_last = True
+    assert packed(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
 class Custom(Sign):
     name = "custom"
 
@@ -270,12 +289,17 @@ class Custom(Sign):
         (lambda: QConv3d(64, 64, 3, input_quantization=LSQ(16)), "16-bit inputs"),
         (lambda: QConv3d(64, 64, 3, padding=1, pad_value=0.3), r"border of 0\.3 lies between the codes"),
         (lambda: QConv3d(64, 64, 3, groups=64), "groups of 1 -> 1 channels"),
+        (lambda: eight_bits(1214), "more than 31 bits"),
         (lambda: QConv3d(64, 64, 3, dtype=torch.float64), r"torch\.float64"),
         (lambda: QConv3d(64, 64, 3, device="meta"), "on meta"),
     ],
 )
 def test_what_cannot_be_counted_is_said(made: Any, reason: str) -> None:
     assert re.search(reason, no_packing(made()))
+
+
+def test_the_largest_sums_are_packed() -> None:
+    assert no_packing(eight_bits(1213)) is None
 
 
 def test_hooks_on_the_quantizers_are_seen() -> None:
