@@ -178,7 +178,7 @@ def _parts(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function" or node.target not in _CONCATENATE or len(node.args) + len(node.kwargs) != _CONCATENATED:
         return []
     parts, dim = node.args[0] if node.args else None, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if not isinstance(parts, list | tuple) or len(set(parts)) < len(parts):
+    if not isinstance(parts, list | tuple) or dim not in _CHANNELS or len(set(parts)) < len(parts):
         return []
     return [] if any(not isinstance(part, fx.Node) or len(part.users) > 1 for part in parts) else list(parts)
 

@@ -199,19 +199,20 @@ class SideBySideTwice(Branches):
         return self.after(torch.cat([left, left], self.dim))
 
 
-class WithTheInput(Branches):
+class OneIsBehindAnother(Branches):
     def parts(self, x: Tensor) -> list[Tensor]:
-        return [*super().parts(x), x]
+        return [self.left(x), torch.sigmoid(self.right(x))]
 
 
 class OneIsBent(Branches):
     def parts(self, x: Tensor) -> list[Tensor]:
-        return [F.relu(self.left(x)), self.right(x)]
+        return [self.left(x), F.relu(self.right(x))]
 
 
 class AlongDepth(Branches):
-    def parts(self, x: Tensor) -> list[Tensor]:
-        return [self.left(x), self.right(x)[:, :32]]
+    def __init__(self, after: Any) -> None:
+        super().__init__(after, dim=2)
+        self.right = nn.Conv3d(64, 32, 3, padding=1)
 
 
 def normed(channels: int = 72) -> nn.Module:
@@ -229,9 +230,9 @@ def normed(channels: int = 72) -> nn.Module:
         (Branches(nn.BatchNorm3d(72, track_running_stats=False)), [(), ()]),
         (ReadTwice(normed()), [(), ()]),
         (SideBySideTwice(normed(64)), [(), ()]),
-        (WithTheInput(normed(136)), [(), ()]),
-        (OneIsBent(nn.BatchNorm3d(72)), [("relu",), ()]),
-        (AlongDepth(normed(32), dim=2), [(), ()]),
+        (OneIsBehindAnother(normed()), [(), ()]),
+        (OneIsBent(nn.BatchNorm3d(72)), [(), ("relu",)]),
+        (AlongDepth(normed(32)), [(), ()]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
