@@ -1,6 +1,5 @@
 """Trainings of tasks: what comes after an interruption is what would have come without it, and mistakes are named."""
 
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +80,7 @@ def steps_until(made: Training, count: int, path: Path | None = None) -> bool:
     def counted(*args):
         seen.append(1)
         if len(seen) == count:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return batch(*args)
 
     made.task.batch = counted
@@ -138,7 +137,7 @@ def test_an_interruption_leaves_the_handler_as_it_was():
 def test_a_second_interruption_is_raised():
     made = training()
     with pytest.raises(KeyboardInterrupt):
-        made.run(advance=lambda _: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+        made.run(advance=lambda _: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
 
 
 def test_a_checkpoint_of_other_rules(tmp_path):
