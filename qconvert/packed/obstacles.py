@@ -46,7 +46,7 @@ def _reasons(layer: QConv3d) -> Iterator[str]:
     elif max(levels.bits, inputs.bit_width) > MOST_BITS:
         widths = f"{levels.bits}-bit weights and {inputs.bit_width}-bit inputs"
         yield f"{widths}: with more than {MOST_BITS} bits floats are faster"
-    elif quantized[0].numel() << levels.bits + inputs.bit_width >= SUMS:
+    elif quantized[0].numel() * 2**levels.bits * max(2**inputs.bit_width, abs(twice_border_code(layer))) >= SUMS:
         yield "its sums may take more than 31 bits"
     if quantized.dtype != torch.float32 or quantized.device.type != "cpu":
         yield f"its weight is {quantized.dtype} on {quantized.device}: bits are counted on a CPU, beside float32"

@@ -290,6 +290,7 @@ class Custom(Sign):
         (lambda: QConv3d(64, 64, 3, padding=1, pad_value=0.3), r"border of 0\.3 lies between the codes"),
         (lambda: QConv3d(64, 64, 3, groups=64), "groups of 1 -> 1 channels"),
         (lambda: eight_bits(1214), "more than 31 bits"),
+        (lambda: QConv3d(64, 64, 3, padding=1, pad_value=1e7), "more than 31 bits"),
         (lambda: QConv3d(64, 64, 3, dtype=torch.float64), r"torch\.float64"),
         (lambda: QConv3d(64, 64, 3, device="meta"), "on meta"),
     ],

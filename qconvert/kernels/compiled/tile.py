@@ -49,9 +49,11 @@ def _features() -> set[str]:
     return {each[1:] for each in flat.split(",") if each.startswith("+")}
 
 
-COUNTS_WORDS = "avx512vpopcntdq" in _features()
+FEATURES = _features()
 
-FUSES_ADDITION = "fma" in _features() or platform.machine() not in ("x86_64", "AMD64")
+COUNTS_WORDS = "avx512vpopcntdq" in FEATURES
+
+FUSES_ADDITION = "fma" in FEATURES or platform.machine() not in ("x86_64", "AMD64")
 """Every 64-bit ARM processor does."""
 
 SHAPE = Shape(4, 4, 8, 0) if COUNTS_WORDS else Shape(2, 4, 4, 31)
@@ -185,7 +187,7 @@ def _widened(b: ir.IRBuilder, counts: ir.Value) -> ir.Value:
     """Return the sums of each 8 bytes as 64-bit words."""
     if COUNTS_WORDS:
         return counts
-    if "avx2" in _features():
+    if "avx2" in FEATURES:
         sad = cgutils.get_or_insert_function(b.module, ir.FunctionType(_WORDS, [_COUNTS] * 2), "llvm.x86.avx2.psad.bw")
         return b.call(sad, [counts, _zero(_COUNTS)])
     words = b.bitcast(counts, _WORDS)
