@@ -105,6 +105,9 @@ def test_network():
     plan = qconvert.plan(model, Digits.rules)
     left = {decision.site.name for decision in plan.decisions if decision.site.is_conv3d and not decision.convert}
     assert left == {"stem.0", "blocks.0.shortcut.0", "blocks.1.shortcut.0"}
+    assert all(decision.settings["rprelu"] for decision in plan.converted)
+    with_shortcut = {decision.site.name for decision in plan.converted if decision.settings["shortcut"]}
+    assert with_shortcut == {"blocks.0.conv2", "blocks.1.conv2", "blocks.2.conv1", "blocks.2.conv2"}
 
 
 def test_layers_that_are_compared_are_there():

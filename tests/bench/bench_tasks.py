@@ -22,11 +22,9 @@ from qconvert.tasks import Recipe, Task, Training, converted
 from qconvert.tasks.run import task as task_named
 
 RUNS = Path("runs")
-ABLATION_STEPS = 150
 
 WEIGHT = {"quantizer": "sign", "scale": "channel"}
 INPUT = {"quantizer": "approxsign", "threshold": "auto"}
-TWO_STEP = {"weight": "identity"}
 
 
 def lsq(bits: int, *, signed: bool) -> dict[str, Any]:
@@ -34,54 +32,58 @@ def lsq(bits: int, *, signed: bool) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """A row of a table.
+class Setup:
+    """What a task's table depends on.
 
     Attributes:
-        rules: the rules, given those of the layers that are to be converted.
-        recipe: changes to the task's recipe.
-        convert: what converts the model in the place of qconvert.
-    """
-
-    rules: Callable[["Layers"], dict[str, Any]]
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    convert: Callable[[nn.Module, Mapping[str, Any]], nn.Module] | None = None
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Which layers of a task's model are converted, and which of them read values below 0.
-
-    Attributes:
-        selects: the selectors of a rule for all of them.
-        signed: those of a rule for the ones that read values below 0, None for none.
+        selects: the selectors of a rule for all layers that are converted.
+        ablation_steps: steps of each training of the ablation.
+        signed: the selectors of a rule for those that read values below 0, None for none.
         others: rules that keep layers in float.
+        around: the optional settings of a layer of 1-bit weights and inputs.
     """
 
     selects: Mapping[str, Any]
+    ablation_steps: int
     signed: Mapping[str, Any] | None = None
     others: tuple[Mapping[str, Any], ...] = ()
+    around: Mapping[str, Any] = field(default_factory=dict)
 
-    def rules(self, weight: Any, inputs: Any, signed_inputs: Any = None) -> dict[str, Any]:
-        rules = [{**self.selects, "weight": weight, "input": inputs}]
+    def rules(self, weight: Any, inputs: Any, signed_inputs: Any = None, **around: Any) -> dict[str, Any]:
+        rules = [{**self.selects, "weight": weight, "input": inputs, **around}]
         if self.signed is not None and signed_inputs is not None:
             rules.append({**self.signed, "input": signed_inputs})
         return {"rule": [*rules, *self.others]}
 
+    def binary_rules(self, weight: Any = WEIGHT, inputs: Any = INPUT) -> dict[str, Any]:
+        return self.rules(weight, inputs, **self.around)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A row of a table.
+
+    Attributes:
+        rules: the rules in a task's setup.
+        recipe: changes to the task's recipe.
+        convert: what converts the model in the place of qconvert.
+        is_ablation: whether it is trained for as many steps as the ablation.
+    """
+
+    rules: Callable[[Setup], dict[str, Any]]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    convert: Callable[[nn.Module, Mapping[str, Any]], nn.Module] | None = None
+    is_ablation: bool = False
+
 
 def low_bit(bits: int) -> Configuration:
-    return Configuration(
-        lambda layers: layers.rules(lsq(bits, signed=True), lsq(bits, signed=False), lsq(bits, signed=True))
-    )
+    return Configuration(lambda setup: setup.rules(lsq(bits, signed=True), lsq(bits, signed=False), lsq(bits, signed=True)))
 
 
-def binary(**recipe: Any) -> Configuration:
-    return Configuration(lambda layers: layers.rules(WEIGHT, INPUT), recipe)
-
-
-def staged(layers: Layers) -> dict[str, Any]:
+def staged(setup: Setup) -> dict[str, Any]:
     """Activations first: float weights for a third of the ablation's steps."""
-    return layers.rules(WEIGHT, INPUT) | {"schedule": {"stage": [{"steps": ABLATION_STEPS // 3, **TWO_STEP}]}}
+    stage = {"steps": setup.ablation_steps // 3, "weight": "identity"}
+    return setup.binary_rules() | {"schedule": {"stage": [stage]}}
 
 
 def with_bitorch(model: nn.Module, rules: Mapping[str, Any]) -> nn.Module:
@@ -89,26 +91,30 @@ def with_bitorch(model: nn.Module, rules: Mapping[str, Any]) -> nn.Module:
 
 
 PRECISIONS = {
-    "W1A1": binary(),
-    "W1A32": Configuration(lambda layers: layers.rules(WEIGHT, "identity")),
+    "W1A1": Configuration(Setup.binary_rules),
+    "W1A32": Configuration(lambda setup: setup.rules(WEIGHT, "identity")),
     "W2A2": low_bit(2),
     "W4A4": low_bit(4),
-    "W1A1, bitorch's layer by hand": Configuration(lambda layers: layers.rules(WEIGHT, INPUT), convert=with_bitorch),
+    "W1A1, bitorch's layer by hand": Configuration(Setup.binary_rules, convert=with_bitorch),
 }
 
-SHORT = {"steps": ABLATION_STEPS}
 ABLATIONS = {
-    "all of it": binary(**SHORT),
-    "no threshold": Configuration(lambda layers: layers.rules(WEIGHT, "approxsign"), SHORT),
-    "no scale": Configuration(lambda layers: layers.rules("sign", INPUT), SHORT),
-    "labels in the place of distillation": binary(**SHORT, labels=1.0, logits=0.0, features=0.0),
-    "staged: activations first": Configuration(staged, SHORT),
+    "all of it": Configuration(Setup.binary_rules, is_ablation=True),
+    "no threshold": Configuration(lambda setup: setup.binary_rules(inputs="approxsign"), is_ablation=True),
+    "no scale": Configuration(lambda setup: setup.binary_rules(weight="sign"), is_ablation=True),
+    "labels in the place of distillation": Configuration(
+        Setup.binary_rules, {"labels": 1.0, "logits": 0.0, "features": 0.0}, is_ablation=True
+    ),
+    "staged: activations first": Configuration(staged, is_ablation=True),
 }
 
-LAYERS = {
-    "shots": Layers({"min_in_channels": 4}, {"kernel_size": [3, 1, 1]}),
-    "digits": Layers(
-        {"layers": "blocks.*"}, others=({"role": "shortcut", "quantize": False, "reason": "shortcut: a float path"},)
+SETUPS = {
+    "shots": Setup({"min_in_channels": 4}, ablation_steps=150, signed={"kernel_size": [3, 1, 1]}),
+    "digits": Setup(
+        {"layers": "blocks.*"},
+        ablation_steps=1000,
+        others=({"role": "shortcut", "quantize": False, "reason": "shortcut: a float path"},),
+        around={"shortcut": True, "rprelu": True},
     ),
 }
 
@@ -116,12 +122,12 @@ LAYERS = {
 def main() -> int:
     """Print the tables of a task, as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=LAYERS)
+    parser.add_argument("task", choices=SETUPS)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", action="append", help="names of rows")
     arguments = parser.parse_args()
     chosen = task_named(arguments.task)
-    for title, table in (("Precisions", PRECISIONS), (f"Ablation, {ABLATION_STEPS} steps each", ABLATIONS)):
+    for title, table in (("Precisions", PRECISIONS), ("Ablation", ABLATIONS)):
         rows = [
             row(chosen, name, configuration, arguments.seeds)
             for name, configuration in table.items()
@@ -148,7 +154,8 @@ def result(chosen: Task, name: str, configuration: Configuration, seed: int) -> 
     if path.exists():
         return dict(json.loads(path.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = replace(chosen.recipe, **configuration.recipe)
+    steps = SETUPS[chosen.name].ablation_steps if configuration.is_ablation else chosen.recipe.steps
+    recipe = replace(chosen.recipe, steps=steps, **configuration.recipe)
     teacher = float_model(chosen, seed)
     training = Training(chosen, student(chosen, teacher, configuration, recipe, seed), teacher, recipe, seed)
     checkpoint = folder / "checkpoint.pt"
@@ -183,7 +190,7 @@ def float_model(chosen: Task, seed: int) -> nn.Module:
 
 
 def student(chosen: Task, teacher: nn.Module, configuration: Configuration, recipe: Recipe, seed: int) -> nn.Module:
-    rules = configuration.rules(LAYERS[chosen.name])
+    rules = configuration.rules(SETUPS[chosen.name])
     if configuration.convert is not None:
         return configuration.convert(teacher, rules)
     return converted(chosen, teacher, rules, seed, recipe)
