@@ -89,7 +89,7 @@ def models() -> dict[str, tuple[Callable[[], nn.Module], Any, Tensor]]:
         "r3d_18": (video.r3d_18, "r3d_18", clip),
         "mc3_18": (video.mc3_18, "default", clip),
         "r2plus1d_18": (video.r2plus1d_18, "default", clip),
-        "slow_r50": (create_resnet, "default", torch.randn(1, 3, 8, 112, 112)),
+        "slow_r50": (partial(create_resnet, head_pool_kernel_size=(8, 7, 7)), "slow_r50", torch.randn(1, 3, 8, 224, 224)),
         "MONAI resnet50": (partial(resnet50, n_input_channels=1), "default", torch.randn(1, 1, 32, 64, 64)),
         "TransNetV2": (partial(TransNetV2, device="cpu"), "transnetv2", frames),
     }
