@@ -102,6 +102,7 @@ def whole(name: str, model: nn.Module, rules: Any, x: Tensor) -> None:
     ways["converted, not packed"] = partial(converted, x)
     packed = qconvert.pack(converted)
     ways["packed"] = partial(packed, x)
+    ways["packed, float parts in channels_last_3d"] = partial(qconvert.pack(converted, dtype=torch.float32), x)
     ways["packed, float parts in bfloat16"] = partial(qconvert.pack(converted, dtype=torch.bfloat16), x)
     for title, build in ALTERNATIVES.items():
         with said(f"{name}: {title}"):
