@@ -83,15 +83,20 @@ def _with_border(base: Tensor, tap_sums: Tensor, factor: int, where: Geometry, g
     """Return the base for each class of positions, int32 [class][group, block][channel]."""
     if tap_sums not in _bases:
         _bases[tap_sums] = {}
-    of_weight: dict[Geometry, Tensor] = _bases[tap_sums]
-    if where not in of_weight:
+    of_size: dict[tuple[int, ...], Tensor] = _bases[tap_sums]
+    if where.size not in of_size:
+        if len(of_size) == _SIZES:
+            of_size.clear()
         outside = torch.from_numpy(by_block(factor * where.outside(tap_sums.numpy()), groups, base.shape[-1]))
-        of_weight[where] = base + outside.int()
-    return of_weight[where]
+        of_size[where.size] = base + outside.int()
+    return of_size[where.size]
 
 
 _bases: Any = WeakIdKeyDictionary()
-"""Of each layer's tap_sums the bases by geometry: a model sees few sizes of input."""
+"""Of each layer's tap_sums the bases by D, H, W of the input."""
+
+_SIZES = 16
+"""Sizes of input for which a layer's bases are kept: a model sees few."""
 
 
 def _geometry_of_words(words: Tensor, window: Window) -> Geometry:

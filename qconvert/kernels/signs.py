@@ -68,7 +68,7 @@ def signs_conv3d(
     where = geometry(window, len(x), tuple(x.shape[2:]), groups, -(-x.shape[1] // groups // WORD))
     words = _words(x, thresholds, where, groups, above=above[0])
     of_weight = kernel.pack_weight(weight.contiguous(), groups, above=above[1])
-    bases = torch.full((1, len(of_weight), BLOCK), products, dtype=torch.int32)
+    bases = words.new_full((1, len(of_weight), BLOCK), products, dtype=torch.int32)
     table = _table(outputs, groups, scale, offset, bias)
     (values,) = kernel.convolve(
         words, of_weight, bases, None, table, where, groups, outputs, (1, 1), None,
@@ -86,7 +86,7 @@ def _words(x: Tensor, thresholds: Tensor | None, where: Geometry, groups: int, *
 
 
 def _table(channels: int, groups: int, scale: Tensor | None, offset: Tensor | None, bias: Tensor | None) -> Tensor:
-    rows = torch.zeros(len(Row), channels)
+    rows = torch.zeros(len(Row), channels, dtype=torch.float32, device="cpu")
     rows[Row.NORM_FACTOR] = rows[Row.SLOPE] = 1.0
     for row, values, default in ((Row.SCALE, scale, 1.0), (Row.OFFSET, offset, 0.0), (Row.BIAS, bias, 0.0)):
         rows[row] = default if values is None else values  # values.numpy() would fix their memory, which FSDP frees

@@ -23,9 +23,19 @@ _INPUTS = 5
 """Place of the input quantizer's name behind input and weight."""
 
 
-def _step(tensors: Sequence[Any], settings: Sequence[Any], dtype: torch.dtype) -> Step:
+def computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype in which a convolution runs now: under autocast not that of the weight.
+
+    The operator is told. It may run later, where autocast is off again: in a backward pass, or in what torch.compile made.
+    """
+    device = x.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else weight.dtype
+
+
+def _step(tensors: Sequence[Any], settings: Sequence[Any]) -> Step:
     """Return the step of the operator's arguments: those that a backward pass needs, and those that are no tensors."""
-    inputs, input_settings, weights, weight_settings, window, *geometry = settings
+    inputs, input_settings, weights, weight_settings, window, *geometry, dtype = settings
     x, weight, threshold, spread, scale = tensors
     quantizers = (FORMULAS[inputs], input_settings, FORMULAS[weights], weight_settings)
     return Step(x, weight, threshold, spread, scale, *quantizers, window, Geometry(*geometry), dtype)
@@ -49,18 +59,11 @@ def _forward(
     pad_value: float,
     dilation: Sequence[int],
     groups: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     quantizers = (inputs, input_settings, weights, weight_settings, window)
-    settings = (*quantizers, stride, border, pad_value, dilation, groups)
-    step = _step((x, weight, threshold, spread, scale), settings, _computes_in(x, weight))
-    return output_of(step, offset, bias)
-
-
-def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype in which a convolution runs."""
-    device = x.device.type
-    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_cast else weight.dtype
+    settings = (*quantizers, stride, border, pad_value, dilation, groups, dtype)
+    return output_of(_step((x, weight, threshold, spread, scale), settings), offset, bias)
 
 
 fused = torch.library.custom_op("qconvert::quantized_conv3d", _forward, mutates_args=())
@@ -68,9 +71,10 @@ fused = torch.library.custom_op("qconvert::quantized_conv3d", _forward, mutates_
 
 @fused.register_fake
 def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    geometry = Geometry(*rest[-len(Geometry._fields) :])
+    *_, dtype = rest
+    geometry = Geometry(*rest[-len(Geometry._fields) - 1 : -1])
     x, padding = (x, geometry.left) if geometry.is_even else (F.pad(x, geometry.border), (0, 0, 0))
-    output = F.conv3d(x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups)
+    output = F.conv3d(x.to(dtype), weight.to(dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)
     factors = [each for each in rest[2:_INPUTS] if each is not None]
     return output.to(torch.promote_types(output.dtype, factors[0].dtype)) if factors else output
 
@@ -78,12 +82,11 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, threshold, spread, scale, _, _, *ctx.settings = inputs
     ctx.save_for_backward(x, weight, threshold, spread, scale)
-    ctx.dtype = _computes_in(x, weight)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     of_x, of_weight, of_threshold, _, of_scale, of_offset, of_bias, *others = ctx.needs_input_grad
-    step = _step(ctx.saved_tensors, ctx.settings, ctx.dtype)
+    step = _step(ctx.saved_tensors, ctx.settings)
     is_single = step.x.dim() < step.weight.dim()  # without a batch
     if is_single:
         step, grad_output = replace(step, x=step.x[None]), grad_output[None]

@@ -12,7 +12,7 @@ from ..errors import ModelError, QuantizerError
 from ..quantizations import Identity, Quantization, quantizer
 from ..quantizations.staged import at_work
 from .computed import is_trained
-from .fused import fused
+from .fused import computes_in, fused
 from .padding import Size, padding_amounts
 from .qactivation import QActivation
 from .rprelu import RPReLU
@@ -21,6 +21,8 @@ from .standardization import fitted_scale, latent
 from .subclass import obstacle, own_state, quantized_class
 
 Part = TypeVar("Part", bound=nn.Module)
+torch.fx.wrap("computes_in")  # whether autocast is on is asked when a traced model runs
+
 _KERNEL_DIMS = 3
 Start = float | Tensor | None
 """What a setting per channel starts from: one number for all, or one for each."""
@@ -433,6 +435,7 @@ class QConv3d(QConv3d_NoAct):
             self.pad_value,
             self.dilation,
             self.groups,
+            computes_in(input, weight),
         )
         return output
 

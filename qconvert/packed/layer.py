@@ -1,7 +1,7 @@
 """`PackedConv3d`: a quantized convolution that computes with bits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -29,6 +29,12 @@ from .weights import quantized_weight
 
 _SINGLE = 4
 """Dimensions of an input without a batch."""
+
+_PACKED = 7
+"""Dimensions of packed codes."""
+
+_WHOLE = 1 << 24
+"""Whole numbers up to here are exact in float32."""
 
 
 class PackedConv3d(nn.Module):
@@ -86,17 +92,16 @@ class PackedConv3d(nn.Module):
 
     def _take_inputs(self, activation: QActivation, comparison: Comparison | None) -> None:
         levels = self.input_levels
-        ones, zeros = torch.ones(self.in_channels), torch.zeros(self.in_channels)
-        thresholds = zeros if activation.threshold is None else activation.threshold.detach().float()
-        spreads = ones if activation.spread is None else activation.spread.detach().float()
-        thresholds, spreads = (in_pieces(each.expand(self.in_channels), self.groups) for each in (thresholds, spreads))
+        kinds = ((activation.threshold, 0.0), (activation.spread, 1.0))
+        given = (_per_channel(values, default, self.in_channels).float() for values, default in kinds)
+        thresholds, spreads = (in_pieces(each, self.groups) for each in given)
         if comparison is not None and comparison.becomes == 1:  # above the threshold, not at it
-            thresholds = torch.nextafter(thresholds, torch.tensor(math.inf))
+            thresholds = torch.nextafter(thresholds, thresholds.new_tensor(math.inf))
         self.register_buffer("thresholds", thresholds)
         self.register_buffer("spreads", spreads)
         highest = levels.lowest + levels.count - 1
         settings = [levels.unit, float(levels.divisor), float(levels.lowest), float(highest)]
-        self.register_buffer("settings", None if comparison is not None else torch.tensor(settings))
+        self.register_buffer("settings", None if comparison is not None else spreads.new_tensor(settings))
 
     def _take_weight(self, quantized: Tensor, levels: Levels) -> None:
         self.planes = (self.input_levels.bits, levels.bits)
@@ -111,9 +116,8 @@ class PackedConv3d(nn.Module):
         self._unit = ours * theirs
 
     def _take_epilogue(self, layer: QConv3d) -> None:
-        ones, zeros = torch.ones(self.out_channels).double(), torch.zeros(self.out_channels).double()
-        scale = ones if layer.scale is None else layer.scale.detach().double()
-        offset, bias = (zeros if each is None else each.detach().double() for each in (layer.offset, layer.bias))
+        kinds = ((layer.scale, 1.0), (layer.offset, 0.0), (layer.bias, 0.0))
+        scale, offset, bias = (_per_channel(values, default, self.out_channels) for values, default in kinds)
         self.epilogue = Epilogue(self._unit * scale, offset, bias, partial(_own, layer.scale, layer.offset, layer.bias))
         self._adds_input = layer.shortcut
         if layer.shortcut:
@@ -136,12 +140,22 @@ class PackedConv3d(nn.Module):
         self.following, self.has_values = reader.border, has_values
         rows, thresholds = self.epilogue.rows(), reader.thresholds[0, : self.out_channels]
         rows[Row.THRESHOLD] = thresholds
-        if self.planes == (1, 1) and not has_values and self.epilogue.is_monotone:
-            # the sums are whole numbers of at most that magnitude, and nothing else is wanted of them
-            rows[Row.SCALE], rows[Row.THRESHOLD] = self.epilogue.whole_thresholds(thresholds, self._products)
+        if self._sums_signs and not has_values and self.epilogue.is_monotone:
+            rows[Row.SCALE], rows[Row.THRESHOLD] = self.epilogue.whole_thresholds(thresholds, self._largest_sum)
             rows[Row.OFFSET] = rows[Row.BIAS] = rows[Row.NORM_SUMMAND] = rows[Row.LAST] = 0.0
             rows[Row.NORM_FACTOR] = rows[Row.SLOPE] = 1.0
         self.table = self._table(rows)
+
+    @property
+    def _sums_signs(self) -> bool:
+        """Whether the counts are the sums of the model, whole numbers that a float32 has."""
+        is_of_signs = self.planes == (1, 1) and self._centre == (0, 0) and self._unit == 1.0
+        return is_of_signs and self._largest_sum <= _WHOLE
+
+    @property
+    def _largest_sum(self) -> int:
+        """The largest magnitude of a sum of signs, with the border's values."""
+        return self._products * max(1, abs(self.twice_border - 1))
 
     def _table(self, rows: Tensor) -> Tensor:
         return torch.from_numpy(epilogue_table(rows.numpy(), self.groups, BLOCK))
@@ -159,9 +173,11 @@ class PackedConv3d(nn.Module):
         """
         is_single = x.dim() == _SINGLE
         batch = x[None] if is_single else x
-        words = batch if x.dtype == torch.int64 else self.pack(batch)
+        words = batch if x.dim() == _PACKED else self.pack(batch)
         residual = x if self._adds_input else residual
         size = (words.shape[1], self.out_channels, *self._window.outputs_of(words.shape[2:5]))
+        if min(size[2:]) < 1:
+            raise InputError(f"an input of {_sizes(words.shape[2:5])} positions, with its border, is too small: {self}")
         convolve = partial(self._convolve, words, channels_last=self.channels_last or is_channels_last(x))
         if not is_single and (residual is None or residual.shape == size):
             found = convolve(self.table, residual, has_values=self.has_values, following=self.following)
@@ -243,6 +259,26 @@ class PackedConv3d(nn.Module):
             for each in (self.table, self.float_table)
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to another device.
+
+        Raises:
+            ModelError: for another dtype than float32.
+        """
+        dtype = fn(self.table[:0]).dtype
+        if dtype != torch.float32:
+            raise ModelError(
+                f"a packed layer computes in float32, not in {dtype}: pack the converted model again, with "
+                "qconvert.pack(model, dtype=...) for float convolutions in another dtype"
+            )
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def extra_repr(self) -> str:
+        """Show the geometry."""
+        sizes = f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+        return f"{self.in_channels}, {self.out_channels}, {sizes}, groups={self.groups}"
+
     def _blocked(self, values: Tensor) -> Tensor:
         return torch.from_numpy(by_block(values.numpy(), self.groups, BLOCK))
 
@@ -255,6 +291,17 @@ class PackedConv3d(nn.Module):
         if mode:
             raise ModelError("a packed model has no latent weights to train: train the converted model, and pack it again")
         return super().train(mode)
+
+
+def _per_channel(values: Tensor | None, default: float, channels: int) -> Tensor:
+    """Return values per channel, float64 (channels,)."""
+    if values is None:
+        return torch.full((channels,), default, dtype=torch.float64, device="cpu")
+    return values.detach().double().expand(channels)
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _own(scale: Tensor | None, offset: Tensor | None, bias: Tensor | None, sums: Tensor) -> Tensor:

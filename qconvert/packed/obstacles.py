@@ -71,7 +71,7 @@ def comparison_of(quantizer: Quantization) -> Comparison | None:
 
 def input_levels(quantizer: Quantization) -> Levels:
     """Return the levels of an input quantizer, which are the same for all inputs."""
-    levels: Levels = quantizer.levels(torch.empty(0))  # type: ignore[assignment]  # it has codes
+    levels: Levels = quantizer.levels(torch.empty(0, dtype=torch.float32, device="cpu"))  # type: ignore[assignment]  # it has codes
     return levels
 
 

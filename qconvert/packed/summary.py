@@ -70,7 +70,7 @@ class Summary(Document):
         """Return what the table leaves out."""
         notes = []
         if not self.is_compiled:
-            notes.append("numba is not installed: bits are counted in torch's operations, slowly. pip install qconvert[cpu]")
+            notes.append("No compiled kernel: bits are counted in torch's operations, slowly. pip install qconvert[cpu]")
         notes += [f"Layer by layer: {name or 'the model'}: {reason}" for name, reason in self.opaque.items()]
         if self.difference is not None:
             notes.append(f"Largest difference on the example inputs: {self.difference:.2g}.")

@@ -8,6 +8,7 @@ from ..layers.computed import weights_at_rest
 from ..layers.standardization import latent
 from ..modes import preserved_modes
 from .layers import no_layer, quantized_layers
+from .sharded import whole
 
 _BYTE = 8
 
@@ -44,11 +45,9 @@ def _signs(layer: QConv3d_NoAct) -> Tensor:
     """Return whether each quantized weight is above 0, flat."""
     with weights_at_rest(layer):
         weight = layer.weight
-    # a DTensor, whose class is not worth importing all of torch.distributed
-    whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     with preserved_modes(layer._weight_quantize):
         # not by a call: hooks are about the forward pass
-        return (layer._weight_quantize.eval().quantize(latent(whole, standardize=layer.standardize)) > 0).flatten()
+        return (layer._weight_quantize.eval().quantize(latent(whole(weight), standardize=layer.standardize)) > 0).flatten()
 
 
 def _places(device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from ..quantizations import Identity, ProgressiveSign, Quantization
 from ..quantizations.staged import Staged
 from ..rewrite import build
 from ..tables import Quantizer, Stage
+from .sharded import whole_parameters
 
 BEFORE = -1
 """The stage before the first one. A layer is then, and when the schedule is over, what its rule says."""
@@ -153,8 +154,8 @@ class StagedLayer:
 
         A sign puts out +-1 where a float weight is a few hundredths: the least-squares scale of either says how many times.
         """
-        staged = self._weight.staged
-        with weights_at_rest(self.layer):
+        staged = self._weight.staged  # which is no part of the layer when the schedule is over
+        with whole_parameters(self.layer), whole_parameters(staged), weights_at_rest(self.layer):
             weight = self.layer.weight
             before, quantizer = staged.quantizers[old], self._weight.quantizer(now)
             if self._weight.is_first(now):

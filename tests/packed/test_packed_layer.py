@@ -2,6 +2,9 @@
 
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,6 +158,37 @@ WEIGHTS = {
 }
 
 
+@given(
+    *(st.integers(1, 8), st.integers(2, 8), st.booleans()),
+    *(st.integers(1, 70), st.integers(1, 34), st.integers(1, 2), st.integers(-3, 3)),
+    st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=40)
+def test_sums_of_codes_of_several_bits_are_exact(
+    input_bits: int, weight_bits: int, signed: bool, inputs: int, outputs: int, groups: int, border: int, random: Any
+) -> None:
+    """With steps of 1 the codes are whole numbers, and so is every output, up to its rounding to float32."""
+    made = QConv3d(
+        *(groups * inputs, groups * outputs, (2, 3, 1)),
+        padding=(1, 0, 1),
+        groups=groups,
+        pad_value=border,
+        input_quantization=LSQ(max(input_bits, 1 + signed), signed=signed),
+        weight_quantization=LSQ(weight_bits),
+    ).eval()
+    quantizers = made.activation.activation_function, made._weight_quantize
+    numbers = np.random.default_rng(random.randrange(2**32))
+    x = numbers.normal(0, 2**input_bits / 3, (2, groups * inputs, 2, 3, 2)).astype(np.float32)
+    weight = numbers.normal(0, 2**weight_bits / 3, made.weight.shape).astype(np.float32)
+    with torch.no_grad():
+        made.weight.copy_(torch.from_numpy(weight))
+        for each in quantizers:
+            each.step.fill_(1.0)
+    codes = [np.rint(values.clip(each.lowest, each.highest)) for values, each in zip((x, weight), quantizers, strict=True)]
+    expected = oracle.conv3d(*(each.astype(np.int64) for each in codes), None, 1, (1, 0, 1), 1, groups, border)
+    assert np.array_equal(PackedConv3d(made)(torch.from_numpy(x)).detach().numpy(), expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("groups", [1, 2])
@@ -217,6 +251,25 @@ def test_any_layout_of_the_input_gives_the_same() -> None:
     wide = torch.randn(4, 40, 3, 6, 5)
     assert torch.equal(PackedConv3d(made)(wide[::2, ::2]), made(wide[::2, ::2]))
     assert torch.equal(PackedConv3d(made)(x[0]), plain[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
+def test_no_pool_of_threads_is_started_beside_that_of_torch() -> None:
+    program = """
+import os, torch
+from qconvert import QConv3d
+from qconvert.packed.layer import PackedConv3d
+
+torch.set_num_threads(3)
+x = torch.randn(1, 64, 8, 16, 16)
+PackedConv3d(QConv3d(64, 64, 3))  # what there is to import and compile
+torch.nn.functional.conv3d(x, torch.randn(64, 64, 3, 3, 3))
+before = len(os.listdir("/proc/self/task"))
+PackedConv3d(QConv3d(64, 64, 3))(x)
+print(before, len(os.listdir("/proc/self/task")))
+"""
+    before, after = map(int, subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout.split())
+    assert before == after >= 3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -20,6 +20,7 @@ from qconvert.kernels import operators
 from qconvert.packed import layer as packed_layer
 from qconvert.packed import obstacles
 from qconvert.packed.bit_conv import BitConv3d
+from qconvert.quantizations import LSQ, InputDoReFa
 
 BINARY = {
     "rule": [{"weight": {"quantizer": "sign", "scale": "channel"}, "input": {"quantizer": "sign", "threshold": "auto"}}]
@@ -419,6 +420,70 @@ def test_without_numba_it_says_so_and_gives_the_same(monkeypatch: pytest.MonkeyP
     packed = pack(model)
     assert "pip install qconvert[cpu]" in str(packed.summary())
     assert torch.equal(packed(x), compiled)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"input_quantization": InputDoReFa(1)},
+        {"input_quantization": LSQ(1, signed=False), "pad_value": 0.0},
+        {"input_quantization": "sign", "pad_value": 4.0},
+        {"input_quantization": "sign", "pad_value": 1.0},
+        {"input_quantization": "sign", "pad_value": 0.0},
+        {"input_quantization": "sign", "weight_quantization": "weightdorefa"},
+    ],
+    ids=str,
+)
+def test_bits_are_handed_on_whatever_the_codes_before(first: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        qconvert.QConv3d(64, 64, 3, padding=1, **first), nn.BatchNorm3d(64), qconvert.QConv3d(64, 64, 3, padding=1)
+    )
+    trained(model)
+    with torch.no_grad():
+        model[0].weight.abs_()  # sums go as far as they can
+        model[1].running_mean.copy_(model[0](clip()).mean((0, 2, 3, 4)))  # or no comparison turns
+    packed = pack(model)
+    assert given(packed)[0][1] == "bits"
+    assert_same(packed, model, clip())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(default: torch.dtype) -> None:
+    model, x = converted(nn.Sequential(Block(), Block())), clip()
+    expected, of_training = pack(model)(x), copy.deepcopy(model).train()(x)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(pack(model)(x), expected)
+        assert torch.equal(model.train()(x), of_training)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_it_stays_in_float32() -> None:
+    model, x = converted(Block()), clip()
+    packed = pack(model)
+    for cast in (torch.float64, torch.bfloat16, torch.float16):
+        with pytest.raises(ModelError, match=rf"computes in float32, not in {cast}: .*qconvert.pack\(model, dtype=...\)"):
+            packed.conv1[0].to(cast)
+    assert_same(packed.to("cpu").float(), model, x)
+
+
+def test_an_input_that_is_too_small() -> None:
+    packed = pack(converted(nn.Sequential(nn.Conv3d(64, 64, 3))))
+    for size in (2, 1):
+        with pytest.raises(InputError, match=rf"an input of 3 x {size} x 5 positions, .* is too small: PackedConv3d\(64, "):
+            packed(torch.randn(1, 64, 3, size, 5))
+
+
+def test_few_sizes_of_input_are_remembered() -> None:
+    layer = qconvert.QConv3d(64, 64, 3, padding=1, pad_value=0.0)
+    packed = pack(nn.Sequential(layer))
+    for size in range(3, 40):
+        packed(torch.randn(1, 64, 1, 1, size))
+    remembered = operators._bases[packed[0].packed.tap_sums]
+    assert len(remembered) <= operators._SIZES
+    assert_same(packed, nn.Sequential(layer).eval(), torch.randn(2, 64, 3, 1, 4))
 
 
 @pytest.mark.usefixtures("packs_any_size")

@@ -59,6 +59,13 @@ def test_losses_are_those_of_one_process(folder: Path, rules: str, wrapper: str)
     assert curves["loaded from one"] == pytest.approx(expected[worker.SAVED_AFTER :], rel=1e-9)
 
 
+@every_wrapper
+@pytest.mark.parametrize("stages", worker.STAGES)
+def test_losses_of_a_schedule_are_those_of_one_process(folder: Path, stages: str, wrapper: str):
+    losses = json.loads((folder / "stages.json").read_text())[f"{stages} {wrapper}"]
+    assert losses == pytest.approx(worker.train_in_stages(stages, lambda model: model), rel=1e-9)
+
+
 @every_rule
 def test_everything_is_learned(folder: Path, rules: str):
     start, (_, states) = worker.converted(rules).state_dict(), found(folder, rules, "fsdp")

@@ -203,6 +203,20 @@ def test_a_compiled_step_changes_no_gradient(build, rule):
     assert_equal(step(model, torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
 
 
+@every_model
+@every_rule
+@pytest.mark.usefixtures("dynamo")
+def test_a_step_compiled_under_autocast_changes_no_gradient(build, rule):
+    model = converted(build, rule)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def under_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(x)
+
+    assert_equal(step(model, partial(under_autocast, compiled)), step(model, partial(under_autocast, model)))
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.usefixtures("dynamo")
 def test_a_step_compiled_to_cpp_has_the_same_signs_and_gradients():

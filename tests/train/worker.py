@@ -6,6 +6,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 import qconvert
 
 RULES = {"w1a1": "default", "w4a4": "low-bit"}
+STAGES = {
+    "mixed": [{"steps": 2, "weight": "identity"}, {"steps": 2, "transition": "linear"}],
+    "bits": [{"steps": 2, "weight": {"quantizer": "lsq", "bits": bits}} for bits in (8, 2)],
+    "layerwise": [{"steps": 4, "weight": "identity", "transition": "layerwise"}],
+}
 THRESHOLDS = (0.25, None)
 STEPS = 6
 SAVED_AFTER = 3
@@ -58,7 +64,13 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(qconvert.train.parameter_groups(model, lr=0.01, latent_lr=2.0))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    last: int,
+    schedule: qconvert.train.Schedule | None = None,
+) -> list[float]:
     """Return the losses of the steps ``first .. last - 1``, means over the batch that the processes share."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     losses = []
@@ -70,6 +82,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         losses.append(_mean(loss.detach()))
     return losses
 
@@ -119,6 +133,14 @@ def run(rules: str, wrapper: str, folder: Path) -> None:
         (folder / "curves.json").write_text(json.dumps(curves))
 
 
+def train_in_stages(stages: str, wrap: Callable[[nn.Module], nn.Module]) -> list[float]:
+    """Return the losses of a training with a schedule."""
+    model = converted("w1a1")
+    schedule = qconvert.train.Schedule(model, STAGES[stages])
+    model = wrap(model)
+    return train(model, optimizer_of(model), 0, STEPS, schedule)
+
+
 def single_layer(threshold: float | None) -> tuple[nn.Module, Tensor]:
     """Return a layer and its input, both of numbers that bfloat16 has, and sums below 256, so that they are exact."""
     layer = qconvert.QConv3d(8, 8, 3, padding=1, threshold=threshold, spread=0.5)
@@ -145,6 +167,10 @@ if __name__ == "__main__":
     for each in RULES:
         for kind in WRAPPERS:
             run(each, kind, place / f"{each} {kind}")
+    in_stages = WRAPPERS | {"ddp": partial(DistributedDataParallel, find_unused_parameters=True)}
+    losses = {f"{each} {kind}": train_in_stages(each, wrap) for each in STAGES for kind, wrap in in_stages.items()}
+    if dist.get_rank() == 0:
+        (place / "stages.json").write_text(json.dumps(losses))
     for threshold in THRESHOLDS:
         run_in_bfloat16(threshold, place / f"{threshold}.pt")
     dist.destroy_process_group()

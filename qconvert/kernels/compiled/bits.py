@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..codes import PIECE, WORD
+from .compiling import compiled_worker
 from .fingerprint import fingerprint
 from .memory import copy_float, next_number, read_word, write_word
 from .vectors import FLOATS, INTS, float_splat, floats, splat
@@ -105,7 +106,7 @@ class Argument(IntEnum):
 ARGUMENTS = len(Argument)
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _piece(values, first, present, spare):
     """Return the address of 16 values from the first on.
 
@@ -119,7 +120,7 @@ def _piece(values, first, present, spare):
     return spare
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _sign_word(values, thresholds, present, spare):
     """Return the signs of at most 64 values of a position as a word."""
     word = 0
@@ -128,7 +129,7 @@ def _sign_word(values, thresholds, present, spare):
     return word
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _code_words(values, thresholds, spreads, settings, present, spare, found, bits):
     """Set the bits of the codes of at most 64 values of a position, a word for each plane."""
     bits[:] = 0
@@ -144,7 +145,7 @@ def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
     of_all_sources = fingerprint()
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @compiled_worker
     def worker(pointer):
         a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         channels, groups, settings = a[Argument.GROUP_CHANNELS], a[Argument.GROUPS], a[Argument.SETTINGS]

@@ -5,9 +5,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
 from ..layout import Row
+from .compiling import compiled_worker
 from .fingerprint import fingerprint
 from .memory import SQUARE, copy_float, next_number, read_word, transpose
 from .tile import SHAPE, tile
@@ -75,7 +76,7 @@ TABLE_BYTES = 4 * len(Row) * CHANNELS
 """Of a block."""
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _aim(a, told, first_position, block):
     """Tell a tile where its positions read and write."""
     groups, channels = a[Argument.GROUPS], a[Argument.GROUP_CHANNELS]
@@ -93,7 +94,7 @@ def _aim(a, told, first_position, block):
             told[BITS, p] = a[Argument.BITS] + read_word(a[Argument.BIT_OFFSETS] + 8 * position) + in_group // 8
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _copy(sources, targets, count):
     """Copy that many float32 for each position of a tile."""
     for p in range(POSITIONS):
@@ -101,7 +102,7 @@ def _copy(sources, targets, count):
             copy_float(sources[p] + 4 * c, targets[p] + 4 * c)
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _squares(values, planes, plane, reads):
     """Do the same as `_planes` for a whole run and block."""
     for c in range(0, CHANNELS, SQUARE):
@@ -113,7 +114,7 @@ def _squares(values, planes, plane, reads):
                 transpose(one, 4 * CHANNELS, other, 4 * plane)
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _planes(a, values, planes, plane, first, count, block, present, reads):
     """Copy a block's values [position][channel] of that many positions to where each channel has a plane, or from there."""
     channels = a[Argument.GROUPS] * a[Argument.GROUP_CHANNELS]
@@ -137,7 +138,7 @@ def _planes(a, values, planes, plane, first, count, block, present, reads):
         done += run
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _run(a, told, spare, spared, first, end, block):
     """Compute a block's outputs of at most `RUN` positions."""
     present = min(CHANNELS, a[Argument.GROUP_CHANNELS] - CHANNELS * (block % a[Argument.BLOCKS]))
@@ -182,7 +183,7 @@ def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
     of_all_sources = fingerprint()
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @compiled_worker
     def worker(pointer):
         a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         positions, step = a[Argument.POSITION_COUNT], a[Argument.RUNS_AT_ONCE] * RUN

@@ -164,7 +164,7 @@ def convolve(
         a[place.RESIDUAL], a[place.RESIDUAL_PLANE] = residual.data_ptr(), plane if is_planar else 0
     if has_values:
         shape = (geometry.batch, channels, *geometry.outputs)
-        found.append(torch.empty(shape, memory_format=memory_format))
+        found.append(torch.empty(shape, dtype=torch.float32, device=words.device, memory_format=memory_format))
         a[place.OUTPUT] = found[0].data_ptr()
         a[place.OUTPUT_PLANE] = plane if memory_format == torch.contiguous_format else 0
     if following is not None:

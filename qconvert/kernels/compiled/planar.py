@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from ..codes import PIECE, WORD
+from .compiling import compiled_worker
 from .fingerprint import fingerprint
 from .memory import I64, copy_float, next_number, read_word, write_word
 from .vectors import INTS, float_splat, floats, prefetch, splat
@@ -97,7 +98,7 @@ class Argument(IntEnum):
 ARGUMENTS = len(Argument)
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _few(values, plane, channels, positions, spare):
     """Copy planes of fewer than 16 positions to where each has 16."""
     for c in range(channels):
@@ -105,7 +106,7 @@ def _few(values, plane, channels, positions, spare):
             copy_float(values + c * plane + 4 * p, spare + 4 * (PIECE * c + p))
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _words(values, plane, thresholds, channels, mirror, words, halves):
     """Set a word of at most 64 channels for each of 16 positions."""
     _below(values, plane, thresholds, min(_HALF, channels), mirror, halves.ctypes.data)
@@ -120,7 +121,7 @@ def _words(values, plane, thresholds, channels, mirror, words, halves):
         words[p] = word if mirror != 0 else ~word & present
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _pack(a, plane_of, start, thresholds, out, spare, halves, words):
     """Pack all channels of a group at 16 positions, or at all of them where they are fewer."""
     channels, positions, mirror = a[Argument.CHANNELS], a[Argument.POSITIONS], a[Argument.MIRROR]
@@ -143,7 +144,7 @@ def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
     of_all_sources = fingerprint()
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @compiled_worker
     def worker(pointer):
         a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         channels, positions, groups = a[Argument.CHANNELS], a[Argument.POSITIONS], a[Argument.GROUPS]

@@ -4,8 +4,9 @@ from enum import IntEnum, auto, unique
 from functools import cache
 from typing import Any
 
-from numba import carray, cfunc, types
+from numba import carray
 
+from .compiling import compiled_worker
 from .fingerprint import fingerprint
 from .memory import count_bits, next_number, read_word, write_word
 
@@ -40,7 +41,7 @@ def compiled() -> Any:
     """Return the worker, a function of numba's, compiled or read from its cache."""
     of_all_sources = fingerprint()
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @compiled_worker
     def worker(pointer):
         a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         position = next_number(a.ctypes.data)
