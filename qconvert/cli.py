@@ -145,7 +145,7 @@ def train(
     steps: Steps = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the loss as .png, .svg or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss and metrics as .png, .svg or .pdf.")] = None,
 ) -> None:
     """Convert the float model of a bundled task, train it, and measure both. Ctrl-C leaves a checkpoint to go on from."""
     _check_suffix(plot, _PICTURES)
@@ -155,9 +155,9 @@ def train(
 
 
 @app.command("eval")
-def evaluate(task: TaskName, output: Folder, rules: TaskRules = None, steps: Steps = None, seed: Seed = 0) -> None:
+def evaluate(task: TaskName, output: Folder, rules: TaskRules = None) -> None:
     """Measure the model of a checkpoint that `qconvert train` has written, beside the float model."""
-    typer.echo(evaluate_task(task, rules, output, steps=steps, seed=seed))
+    typer.echo(evaluate_task(task, rules, output))
 
 
 @rules_app.command("list")

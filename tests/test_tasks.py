@@ -1,6 +1,7 @@
 """Trainings of tasks: what comes after an interruption is what would have come without it, and mistakes are named."""
 
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from typer.testing import CliRunner
 
 from qconvert import InputError, ModelError, RuleError
 from qconvert.cli import app
+from qconvert.modes import preserved_modes
+from qconvert.pictures import new_figure
 from qconvert.tasks import Recipe, Training, converted, run
 from qconvert.tasks.curves import draw
 from qconvert.tasks.shots import WINDOW, Shots, cuts, f1
+from qconvert.tasks.training import CALIBRATION_BATCHES
 
 RULES = {
     "rule": [
@@ -36,6 +40,7 @@ class Brightness:
 
     name = "brightness"
     rules = RULES
+    float_recipe = None
     recipe = Recipe(steps=8, batch_size=4, lr=0.01, labels=1.0, logits=0.5, features=0.5)
     comparison = "kl"
     layers = ("4",)
@@ -62,7 +67,7 @@ class Brightness:
 
     def evaluate(self, model):
         clips, labels = self.batch(20, torch.Generator().manual_seed(9))
-        with torch.no_grad():
+        with torch.no_grad(), preserved_modes(model):
             return {"accuracy": (model.eval()(clips).argmax(1) == labels).float().mean().item()}
 
 
@@ -72,7 +77,7 @@ def training(rules=RULES, recipe=Brightness.recipe, seed=0) -> Training:
     return Training(task, converted(task, teacher, rules, seed, recipe), teacher, recipe, seed)
 
 
-def steps_until(made: Training, count: int, path: Path | None = None) -> bool:
+def steps_until(made: Training, count: int, path: Path | None = None, **settings) -> bool:
     """Train until Ctrl-C, which comes in the middle of the step of that number."""
     batch = made.task.batch
     seen = []
@@ -85,7 +90,7 @@ def steps_until(made: Training, count: int, path: Path | None = None) -> bool:
 
     made.task.batch = counted
     try:
-        return made.run(path)
+        return made.run(path, **settings)
     finally:
         del made.task.batch
 
@@ -147,6 +152,16 @@ def test_a_checkpoint_of_other_rules(tmp_path):
         training({"rule": [{"layers": "3", "weight": "sign", "input": "sign"}]}).load(path)
     with pytest.raises(ModelError, match=r"does not fit: recipe 'steps' is 8 in the checkpoint and 9 in this training"):
         training(recipe=replace(Brightness.recipe, steps=9)).load(path)
+    with pytest.raises(ModelError, match=r"does not fit: task 'seed' is 0 in the checkpoint and 1 in this training"):
+        training(seed=1).load(path)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(RULES, RULES | STAGES), (RULES | STAGES, RULES)], ids=["with", "without"])
+def test_a_checkpoint_of_another_schedule(tmp_path, saved, loaded):
+    path = tmp_path / "checkpoint.pt"
+    training(saved).save(path)
+    with pytest.raises(ModelError, match=r"does not fit: schedule 'stages' is \[.*\] in the checkpoint and \[.*\] in this"):
+        training(loaded).load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "other tensors"])
@@ -183,6 +198,24 @@ def test_a_schedule_longer_than_the_training():
         training(RULES | STAGES, replace(Brightness.recipe, steps=4))
 
 
+def test_layers_in_the_order_of_their_sensitivity():
+    stage = {"steps": 3, "weight": "identity", "transition": "layerwise", "order": "sensitivity"}
+    assert training(RULES | {"schedule": {"stage": [stage]}}).run()
+
+
+def test_the_model_is_measured_on_the_way(tmp_path):
+    recipe = replace(Brightness.recipe, steps=24)
+    plain, measured = training(recipe=recipe), training(recipe=recipe)
+    assert plain.run()
+    assert not steps_until(measured, 9, tmp_path / "checkpoint.pt", measures=True)
+    resumed = training(recipe=recipe)
+    resumed.load(tmp_path / "checkpoint.pt")
+    assert resumed.run(measures=True)
+    assert list(resumed.measured) == [3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
+    assert resumed.losses == plain.losses
+    assert resumed.measured[24] == plain.task.evaluate(plain.student)
+
+
 def test_nothing_to_learn_from():
     with pytest.raises(InputError, match=r"labels, logits and features are all 0"):
         training(recipe=Recipe(steps=1, batch_size=1, lr=0.1))
@@ -214,6 +247,7 @@ def test_train_then_eval(command):
     assert "accuracy" in trained.output
     assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
     assert Path("run/model.safetensors").is_file()
+    assert {path.name for path in Path("run").iterdir()} == {"checkpoint.pt", "model.safetensors"}
     measured = command("eval", "brightness", "-o", "run")
     assert measured.exit_code == 0
     rows = [[line.split() for line in each.output.splitlines() if line.strip()] for each in (trained, measured)]
@@ -227,8 +261,66 @@ def test_train_does_not_write_over_a_checkpoint(command):
     command("train", "brightness", "-o", "run", "--steps", "1")
     again = command("train", "brightness", "-o", "run", "--steps", "1")
     assert isinstance(again.exception, InputError)
-    assert "go on from it with --resume" in str(again.exception)
+    assert "run has a checkpoint already: go on from it with --resume" in str(again.exception)
     assert command("train", "brightness", "-o", "run", "--steps", "1", "--resume").exit_code == 0
+
+
+def test_eval_knows_steps_and_seed_from_the_checkpoint(command):
+    command("train", "brightness", "-o", "run", "--steps", "3", "--seed", "1")
+    assert "step 3" in command("eval", "brightness", "-o", "run").output
+
+
+def test_nothing_to_resume(command):
+    assert str(command("train", "brightness", "-o", "run", "--resume").exception) == (
+        "run has no checkpoint to go on from: leave --resume out"
+    )
+
+
+def interrupted_at(monkeypatch, number: int) -> None:
+    """Let Ctrl-C come in the middle of the step of that number, counted over all trainings."""
+    batch, seen = Brightness.batch, []
+
+    def counted(self, size, generator):
+        if size == Brightness.recipe.batch_size:
+            seen.append(1)
+            if len(seen) == number:
+                signal.raise_signal(signal.SIGINT)
+        return batch(self, size, generator)
+
+    monkeypatch.setattr(Brightness, "batch", counted)
+
+
+def test_interrupted_it_says_so_and_goes_on(command, monkeypatch):
+    whole = command("train", "brightness", "-o", "whole")
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, CALIBRATION_BATCHES + 3)
+        first = command("train", "brightness", "-o", "run")
+    assert first.exit_code == 130
+    assert "Interrupted after step 3. Go on with the same command and --resume." in first.output
+    second = command("train", "brightness", "-o", "run", "--resume")
+    assert "Going on from step 3 of 8." in second.output
+    assert second.output.endswith(whole.output)
+
+
+def test_interrupted_while_the_float_model_is_trained_it_goes_on_there(command, monkeypatch):
+    monkeypatch.setattr(Brightness, "float_recipe", Recipe(steps=4, batch_size=4, lr=0.01, labels=1.0))
+    whole = command("train", "brightness", "-o", "whole")
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 2)
+        first = command("train", "brightness", "-o", "run")
+    assert first.exit_code == 130
+    assert "Interrupted while the float model was trained. Go on with the same command and --resume." in first.output
+    assert "has a checkpoint already" in str(command("train", "brightness", "-o", "run").exception)
+    assert command("train", "brightness", "-o", "run", "--resume").output == whole.output
+    assert command("eval", "brightness", "-o", "run").output.split()[-1] == whole.output.split()[-1]
+
+
+def test_without_matplotlib_it_is_said_before_the_training(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "a picture needs `pip install matplotlib`" in str(
+        command("train", "brightness", "-o", "run", "--plot", "loss.png").exception
+    )
+    assert not Path("run").joinpath("checkpoint.pt").exists()
 
 
 def test_a_task_that_does_not_exist(command):
@@ -240,7 +332,22 @@ def test_a_task_that_does_not_exist(command):
 
 def test_a_picture_in_a_format_that_there_is_not(tmp_path):
     with pytest.raises(InputError, match=r"loss.xyz cannot be written"):
-        draw([1.0, 2.0], {}, tmp_path / "loss.xyz")
+        draw(new_figure(8, 5), [1.0, 2.0], {}, {}, tmp_path / "loss.xyz")
+
+
+def test_the_picture_has_the_losses_and_a_curve_for_each_metric(tmp_path):
+    figure = new_figure(8, 5)
+    losses = [float(each) for each in range(100, 0, -1)]
+    measured = {50: {"f1": 0.5, "correlation": 0.8}, 100: {"f1": 0.75, "correlation": 0.9}}
+    draw(figure, losses, measured, {"float": {"f1": 1.0}}, tmp_path / "loss.png")
+    top, *metrics = figure.axes
+    assert list(top.lines[0].get_ydata()) == losses
+    assert list(top.lines[0].get_xdata()) == list(range(1, 101))
+    assert (top.lines[1].get_xdata()[0], top.lines[1].get_ydata()[0]) == (50, sum(losses[:50]) / 50)
+    assert top.get_title() == "float: f1 1"
+    assert [axes.get_ylabel() for axes in metrics] == ["f1", "correlation"]
+    assert [list(axes.lines[0].get_xdata()) for axes in metrics] == [[50, 100]] * 2
+    assert list(metrics[0].lines[0].get_ydata()) == [0.5, 0.75]
 
 
 # --- shots ---

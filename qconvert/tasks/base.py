@@ -12,7 +12,7 @@ from ..pipeline import RulesLike
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a converted model is trained: Adam, whose learning rates rise over the first 5 % and fall as a cosine to 0.
+    """How a model is trained: Adam, whose learning rates rise at first and fall as a cosine to 0.
 
     Attributes:
         steps: optimizer steps.
@@ -22,6 +22,7 @@ class Recipe:
         labels: factor of the loss against the labels, 0 for none.
         logits: factor of the distillation from the float model's answers, 0 for none.
         features: factor of the distillation from the outputs of the task's layers, 0 for none.
+        warm_up: share of the steps in which the learning rates rise.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Recipe:
     labels: float = 0.0
     logits: float = 0.0
     features: float = 0.0
+    warm_up: float = 0.05
 
 
 class Task(Protocol):
@@ -40,6 +42,7 @@ class Task(Protocol):
     Attributes:
         name: its name on the command line.
         rules: rules that fit its model.
+        float_recipe: how its float model is trained before; None where that is pretrained.
         recipe: how its converted model is trained.
         comparison: how answers are compared in a distillation, as in `qconvert.train.distill`.
         layers: layers whose outputs are compared there.
@@ -47,12 +50,13 @@ class Task(Protocol):
 
     name: str
     rules: RulesLike
+    float_recipe: Recipe | None
     recipe: Recipe
     comparison: str
     layers: tuple[str, ...]
 
     def float_model(self, seed: int) -> nn.Module:
-        """Return the float model, pretrained or trained here."""
+        """Return the float model, pretrained or to be trained."""
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Any]:
         """Return clips to train on, with their labels (None where the float model gives them)."""
@@ -64,4 +68,4 @@ class Task(Protocol):
         """Return the loss against the labels."""
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        """Return what the model reaches on data that is never trained on."""
+        """Return what the model reaches, in eval mode, on data that is never trained on; its training flags stay."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,12 +13,16 @@ from torch import nn
 from .. import __version__
 from ..errors import InputError, did_you_mean
 from ..loading import save_weights
+from ..pictures import new_figure
 from ..pipeline import RulesLike
-from .base import Task
+from .base import Recipe, Task
 from .curves import draw
 from .digits import Digits
 from .shots import Shots
-from .training import Training, converted
+from .training import Training, converted, read_checkpoint
+
+FLOAT, CHECKPOINT = "float.pt", "checkpoint.pt"
+"""Checkpoints in a training's folder: of a float model that is trained first, and of the converted one."""
 
 TASKS: dict[str, Callable[[], Task]] = {"shots": Shots, "digits": Digits}
 
@@ -46,58 +51,90 @@ def train_task(
 ) -> bool:
     """Convert a task's float model, train it, and measure both; return whether the end was reached.
 
-    Writes ``checkpoint.pt`` into the folder, and at the end ``model.safetensors``. Ctrl-C writes the checkpoint and stops.
+    Writes checkpoints into the folder, and at the end ``model.safetensors``. Ctrl-C writes a checkpoint and stops.
 
     Raises:
         QConvertError: if the task, the rules or the checkpoint do not fit, or a file cannot be written.
     """
     chosen = task(name)
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists() and not resume:
-        raise InputError(f"{checkpoint} is there already: go on from it with --resume, or choose another --output")
+    checkpoint = folder / CHECKPOINT
+    has_begun = checkpoint.exists() or (folder / FLOAT).exists()
+    if has_begun and not resume:
+        raise InputError(f"{folder} has a checkpoint already: go on from it with --resume, or choose another --output")
+    if resume and not has_begun:
+        raise InputError(f"{folder} has no checkpoint to go on from: leave --resume out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error}") from error
-    training, teacher = _prepared(chosen, rules, steps, seed)
-    if resume:
+    figure = None if plot is None else new_figure(8, 7)
+    recipe = chosen.recipe if steps is None else replace(chosen.recipe, steps=steps)
+    teacher = trained_float_model(chosen, seed, folder / FLOAT)
+    if teacher is None:
+        say("Interrupted while the float model was trained. Go on with the same command and --resume.")
+        return False
+    training = _training(chosen, teacher, rules, recipe, seed)
+    if checkpoint.exists():
         training.load(checkpoint)
-        say(f"Going on from step {len(training.losses)} of {training.recipe.steps}.")
-    if not _with_progress(training, checkpoint):
+        say(f"Going on from step {len(training.losses)} of {recipe.steps}.")
+    if not _with_progress(training, checkpoint, "Training", measures=figure is not None):
         say(f"Interrupted after step {len(training.losses)}. Go on with the same command and --resume.")
         return False
     save_weights(training.student, folder / "model.safetensors", {"qconvert": __version__, "task": name})
     reached = {"float": chosen.evaluate(teacher), "trained": chosen.evaluate(training.student)}
     say(_table(reached))
-    if plot is not None:
-        draw(training.losses, reached, plot)
+    if figure is not None and plot is not None:
+        draw(figure, training.losses, training.measured, reached, plot)
         say(f"picture written to {plot}")
     return True
 
 
-def evaluate_task(name: str, rules: RulesLike | None, folder: Path, *, steps: int | None, seed: int) -> str:
+def trained_float_model(chosen: Task, seed: int, path: Path) -> nn.Module | None:
+    """Return the float model of a task, trained here if it is not pretrained, or None if Ctrl-C came before the end.
+
+    Args:
+        chosen: the task.
+        seed: of the model and its training.
+        path: where a checkpoint of that training is written, and where it goes on from.
+
+    Raises:
+        ModelError: if the checkpoint is of another training, or cannot be written.
+    """
+    model = chosen.float_model(seed)
+    if chosen.float_recipe is None:
+        return model
+    training = Training(chosen, model, None, chosen.float_recipe, seed)
+    if path.exists():
+        training.load(path)
+    return model if _with_progress(training, path, "Training the float model") else None
+
+
+def evaluate_task(name: str, rules: RulesLike | None, folder: Path) -> str:
     """Return a table of what a task's float model and the model of a checkpoint reach.
 
     Raises:
         QConvertError: if the task, the rules or the checkpoint do not fit.
     """
     chosen = task(name)
-    training, teacher = _prepared(chosen, rules, steps, seed)
-    training.load(folder / "checkpoint.pt")
+    content = read_checkpoint(folder / CHECKPOINT)
+    recipe, seed = Recipe(**content["recipe"]), content["seed"]
+    teacher = chosen.float_model(seed)
+    if chosen.float_recipe is not None:
+        Training(chosen, teacher, None, chosen.float_recipe, seed).load(folder / FLOAT)
+    training = _training(chosen, teacher, rules, recipe, seed)
+    training.load(folder / CHECKPOINT)
     step = f"step {len(training.losses)}"
     return _table({"float": chosen.evaluate(teacher), step: chosen.evaluate(training.student)})
 
 
-def _prepared(chosen: Task, rules: RulesLike | None, steps: int | None, seed: int) -> tuple[Training, nn.Module]:
-    recipe = chosen.recipe if steps is None else replace(chosen.recipe, steps=steps)
-    teacher = chosen.float_model(seed)
+def _training(chosen: Task, teacher: nn.Module, rules: RulesLike | None, recipe: Recipe, seed: int) -> Training:
     student = converted(chosen, teacher, chosen.rules if rules is None else rules, seed, recipe)
-    return Training(chosen, student, teacher, recipe, seed), teacher
+    return Training(chosen, student, teacher, recipe, seed)
 
 
-def _with_progress(training: Training, checkpoint: Path) -> bool:
+def _with_progress(training: Training, checkpoint: Path, label: str, *, measures: bool = False) -> bool:
     columns = (
-        TextColumn("Training"),
+        TextColumn(label),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -105,7 +142,8 @@ def _with_progress(training: Training, checkpoint: Path) -> bool:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=training.recipe.steps, completed=len(training.losses), loss="")
-        return training.run(checkpoint, lambda loss: progress.update(bar, advance=1, loss=f"{loss:.4f}"))
+        show = partial(progress.update, bar, advance=1)
+        return training.run(checkpoint, lambda loss: show(loss=f"{loss:.4f}"), measures=measures)
 
 
 def _table(reached: Mapping[str, Mapping[str, float]]) -> str:

@@ -33,6 +33,7 @@ class Shots:
 
     name = "shots"
     rules: RulesLike = "transnetv2"
+    float_recipe: Recipe | None = None
     recipe = Recipe(steps=900, batch_size=1, lr=1e-3, latent_lr=5.0, logits=1.0, features=0.3)
     comparison = "bce"
     layers: tuple[str, ...] = ("SDDCNN.0", "SDDCNN.1", "SDDCNN.2")

@@ -19,8 +19,8 @@ from ..train.compatible import check_same
 from .base import Recipe, Task
 
 CALIBRATION_BATCHES = 8
-_WARM_UP = 0.05
 _SAVED_EVERY = 100
+_TIMES_MEASURED = 10
 
 
 def converted(task: Task, teacher: nn.Module, rules: RulesLike, seed: int, recipe: Recipe) -> nn.Module:
@@ -31,49 +31,58 @@ def converted(task: Task, teacher: nn.Module, rules: RulesLike, seed: int, recip
 
 
 class Training:
-    """A student in training. Everything that happens follows from the student, the recipe and the seed.
+    """A model in training. Everything that happens follows from the model, the recipe and the seed.
 
-    A student of another library's layers is trained in the same way, for comparison.
+    A float model is trained in the same way, and for comparison one of another library's layers.
 
     Args:
         task: where clips, labels and the loss come from.
-        student: the converted model.
-        teacher: the float model, for the distillation.
+        student: the model.
+        teacher: the float model, for a distillation.
         recipe: how it is trained.
         seed: of clips and dropout.
 
     Attributes:
         losses: the loss of each step so far.
+        measured: what the model reached on the way, by step.
 
     Raises:
         RuleError: if the rules of the student have a schedule that is longer than the recipe.
         InputError: if the recipe has no loss, or no steps.
     """
 
-    def __init__(self, task: Task, student: nn.Module, teacher: nn.Module, recipe: Recipe, seed: int = 0) -> None:
+    def __init__(self, task: Task, student: nn.Module, teacher: nn.Module | None, recipe: Recipe, seed: int = 0) -> None:
         if not (recipe.labels or recipe.logits or recipe.features):
             raise InputError("nothing to learn from: labels, logits and features are all 0")
         if recipe.steps < 1:
             raise InputError(f"steps must be at least 1, got {recipe.steps}")
-        self.task, self.student, self.teacher, self.recipe = task, student, teacher, recipe
+        self.task, self.student, self.teacher, self.recipe, self.seed = task, student, teacher, recipe, seed
         plan = plan_of(student)
         self._rules = {} if plan is None else {each.site.name: each.settings for each in plan.converted}
         has_schedule = plan is not None and bool(plan.rules.schedule)
-        self.schedule = Schedule(student, total_steps=recipe.steps) if has_schedule else None
+        self.schedule = self._schedule() if has_schedule else None
         groups = parameter_groups(student, recipe.lr, latent_lr=recipe.latent_lr, added_lr=recipe.added_lr)
         self.optimizer = torch.optim.Adam(groups)
         highest = [group["lr"] for group in groups]
-        self._rates = OneCycleLR(self.optimizer, highest, recipe.steps, pct_start=_WARM_UP, cycle_momentum=False)
+        self._rates = OneCycleLR(self.optimizer, highest, recipe.steps, pct_start=recipe.warm_up, cycle_momentum=False)
         self._generator = torch.Generator().manual_seed(seed)
         self._dropout = torch.Generator().manual_seed(seed).get_state()
         self.losses: list[float] = []
+        self.measured: dict[int, dict[str, float]] = {}
 
-    def run(self, path: Path | None = None, advance: Callable[[float], object] = lambda _: None) -> bool:
+    def _schedule(self) -> Schedule:
+        clips, _ = self.task.batch(self.recipe.batch_size, torch.Generator().manual_seed(self.seed))
+        return Schedule(self.student, batch=clips, total_steps=self.recipe.steps)
+
+    def run(
+        self, path: Path | None = None, advance: Callable[[float], object] = lambda _: None, *, measures: bool = False
+    ) -> bool:
         """Train to the end, and return whether it has been reached: Ctrl-C ends after the step that is running.
 
         Args:
             path: where a checkpoint is written now and then, and at the end.
             advance: called with the loss after each step.
+            measures: whether the model is measured ten times on the way.
 
         Raises:
             InputError: at the first value that is NaN or infinite, naming the layer that reads it.
@@ -89,15 +98,22 @@ class Training:
                 self.losses.append(self._step(distillation))
                 self._dropout = torch.get_rng_state()
                 advance(self.losses[-1])
+                if measures and self._is_measured_now:
+                    self.measured[len(self.losses)] = dict(self.task.evaluate(self.student))
                 if path is not None and len(self.losses) % _SAVED_EVERY == 0:
                     self.save(path)
         if path is not None:
             self.save(path)
         return len(self.losses) == self.recipe.steps
 
+    @property
+    def _is_measured_now(self) -> bool:
+        step, steps = len(self.losses), self.recipe.steps
+        return step * _TIMES_MEASURED // steps > (step - 1) * _TIMES_MEASURED // steps
+
     def _distillation(self, stack: ExitStack) -> Distillation | None:
         recipe, task = self.recipe, self.task
-        if not (recipe.logits or recipe.features):
+        if self.teacher is None or not (recipe.logits or recipe.features):
             return None
         made = distill(
             self.student,
@@ -138,8 +154,10 @@ class Training:
             "task": self.task.name,
             "rules": self._rules,
             "recipe": vars(self.recipe),
+            "seed": self.seed,
             "losses": self.losses,
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "measured": self.measured,
+            "schedule": self._schedule_state(),
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rates": self._rates.state_dict(),
@@ -153,22 +171,45 @@ class Training:
         """Go on from a checkpoint: what comes then is what would have come without an interruption.
 
         Raises:
-            ModelError: if it is no checkpoint, or of another task, other rules or another recipe, saying what differs.
+            ModelError: if it is no checkpoint, or of another task, seed, recipe, rules or schedule, saying what differs.
         """
         content = read_checkpoint(path)
-        check_same("task", {"name": content["task"]}, {"name": self.task.name})
+        check_same("task", {"name": content["task"], "seed": content["seed"]}, {"name": self.task.name, "seed": self.seed})
         check_same("recipe", content["recipe"], vars(self.recipe))
         check_same("layer", content["rules"], self._rules)
+        check_same("schedule", {"stages": _stages(content["schedule"])}, {"stages": _stages(self._schedule_state())})
         if self.schedule is not None:
             self.schedule.load_state_dict(content["schedule"])
         self.student.load_state_dict(content["student"])
         self.optimizer.load_state_dict(content["optimizer"])
         self._rates.load_state_dict(content["rates"])
         self._generator.set_state(content["clips"])
-        self._dropout, self.losses = content["dropout"], content["losses"]
+        self._dropout, self.losses, self.measured = content["dropout"], content["losses"], content["measured"]
+
+    def _schedule_state(self) -> dict[str, Any] | None:
+        return None if self.schedule is None else self.schedule.state_dict()
 
 
-_KEYS = {"task", "rules", "recipe", "losses", "schedule", "student", "optimizer", "rates", "clips", "dropout"}
+def _stages(schedule: dict[str, Any] | None) -> list[Any]:
+    return [] if schedule is None else schedule["stages"]
+
+
+_KEYS = {
+    *(
+        "task",
+        "seed",
+        "rules",
+        "recipe",
+        "losses",
+        "measured",
+        "schedule",
+        "student",
+        "optimizer",
+        "rates",
+        "clips",
+        "dropout",
+    )
+}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from others import bitorch_layer, by_hand
 from tabulate import tabulate
 from torch import nn
 
 from qconvert.tasks import Recipe, Task, Training, converted
 from qconvert.tasks.run import task as task_named
+from qconvert.tasks.run import trained_float_model
 
 RUNS = Path("runs")
 
@@ -179,13 +179,9 @@ def result(chosen: Task, name: str, configuration: Configuration, seed: int) -> 
 
 def float_model(chosen: Task, seed: int) -> nn.Module:
     """Return the float model of a seed; what was trained is kept."""
-    path = RUNS / chosen.name / f"float-{seed}.pt"
-    if path.exists():
-        model: nn.Module = torch.load(path, weights_only=False)  # written below
-        return model
-    model = chosen.float_model(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model, path)
+    model = trained_float_model(chosen, seed, RUNS / chosen.name / f"float-{seed}.pt")
+    if model is None:
+        sys.exit("interrupted; the same command goes on from here")
     return model
 
 
