@@ -23,8 +23,8 @@ def finite(model: nn.Module) -> ExitStack:
     """Raise at the first NaN or infinite value that a converted layer reads, from now on.
 
     A sign hides them: they become +1 or -1, and the loss looks as if nothing had happened. Before each call of a layer its
-    input and its latent weight are looked at; a step of training stays one operator. On a GPU each look waits for the
-    device, so this is for a search, or for every hundredth step.
+    input, its latent weight and all else that it has learned are looked at; a step of training stays one operator. On a GPU
+    each look waits for the device, so this is for a search, or for every hundredth step.
 
     Returns:
         A context manager with a ``close()``: either ends it.
@@ -48,6 +48,9 @@ def _check(name: str, layer: QConv3d_NoAct, args: tuple[Any, ...], kwargs: dict[
         _refuse(name, "input values", tensor)
     with weights_at_rest(layer):
         _refuse(name, "latent weights", layer.weight)
+    for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if key != "weight":
+            _refuse(name, f"values of {key!r}", tensor)
 
 
 def _refuse(name: str, what: str, tensor: Tensor) -> None:

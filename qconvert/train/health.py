@@ -21,7 +21,8 @@ def flip_rate(model: nn.Module) -> dict[str, float]:
     high is a learning rate that is too high, and 0 is a layer that is not trained.
 
     The signs are those of the quantized weight in evaluation. Each layer keeps them between calls, 1 bit per weight, in an
-    attribute that is in no state dict. Where weights are sharded (DTensor), call it on every process.
+    attribute that is in no state dict. Where weights are sharded (DTensor), call it on every process. For TensorBoard:
+    ``SummaryWriter.add_scalars("flip_rate", flip_rate(model), step)``.
 
     Larq's FlipRatio (Geiger and Team 2020, https://doi.org/10.21105/joss.01746).
 

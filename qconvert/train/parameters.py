@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError, ModelError
 from ..layers import QActivation
@@ -17,7 +17,7 @@ from .layers import quantized_layers
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, *, latent_lr: float = 1.0, added_lr: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Return the trainable parameters of a converted model in groups, for any torch optimizer.
+    """Return the trainable parameters of a converted model in groups, for any torch optimizer that takes groups.
 
     - ``latent``, at ``lr * latent_lr``, not decayed: the weights behind quantized ones, or what those are computed from.
     - ``added``, at ``lr * added_lr``, not decayed: thresholds, scales, offsets, LSQ's steps, what PReLU and RPReLU learn.
@@ -40,10 +40,10 @@ def parameter_groups(
         InputError: if a number is out of range.
         ModelError: if the model has no trainable parameter.
     """
-    if not 0 < lr < math.inf:
+    if not _is_number(lr) or not 0 < lr < math.inf:
         raise InputError(f"lr must be a number above 0, got {lr!r}")
     for name, factor in (("weight_decay", weight_decay), ("latent_lr", latent_lr), ("added_lr", added_lr)):
-        if not 0 <= factor < math.inf:
+        if not _is_number(factor) or not 0 <= factor < math.inf:
             raise InputError(f"{name} must be a number from 0 on, got {factor!r}")
     names = {id(parameter): "added" for parameter in _added(model)}
     names |= {id(parameter): "latent" for parameter in _latent(model)}
@@ -59,6 +59,10 @@ def parameter_groups(
         for name, (rate, decay) in settings.items()
         if members[name]
     ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Tensor))  # some optimizers take a learning rate that is a tensor
 
 
 def _latent(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -39,6 +39,16 @@ def test_each_layer_has_its_own_bound():
     assert all(parameter.grad_fn is None and parameter.requires_grad for parameter in parameters)
 
 
+def test_the_bound_comes_from_a_rule():
+    rules = {"rule": [{"weight": "sign", "input": "sign"}, {"layers": "1", "latent_clip": 0.05}]}
+    model = convert(nn.Sequential(nn.Conv3d(3, 4, 3), nn.Conv3d(4, 4, 3)), rules)
+    before = [layer.weight.detach().clone() for layer in model]
+    clip_latent_weights(model)
+    assert torch.equal(model[0].weight, before[0])
+    assert torch.equal(model[1].weight, before[1].clip(-0.05, 0.05))
+    assert (before[1].abs() > 0.05).any()
+
+
 def test_by_default_nothing_is_clipped():
     model = network()
     before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -55,6 +55,17 @@ def test_latent_weight(name: str):
         model(clip())
 
 
+@pytest.mark.parametrize("name", ["activation.threshold", "activation.spread", "scale", "offset", "rprelu.slope"])
+def test_all_that_a_layer_has_learned(name: str):
+    model = nn.Sequential(QConv3d(2, 3, 1, threshold=0.1, spread=2.0, scale=0.5, offset=0.1, rprelu=True))
+    owner, _, attribute = f"0.{name}".rpartition(".")
+    with torch.no_grad():
+        getattr(model.get_submodule(owner), attribute)[1] = math.nan
+    size = 2 if name.startswith("activation") else 3
+    with finite(model), pytest.raises(InputError, match=rf"^layer '0': 1 of {size} values of '{name}' are NaN or infinite"):
+        model(clip())
+
+
 def test_a_weight_that_is_computed():
     model = convert(WeightNormed())
     with torch.no_grad():

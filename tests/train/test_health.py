@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from models import SharedModule, WeightNormed
 from small import convert
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.utils.tensorboard import SummaryWriter
 
 from qconvert import ModelError, QConv3d, QConv3d_NoAct
 from qconvert.quantizations import LSQ
@@ -79,6 +81,21 @@ def test_names_the_layers_with_weights_of_1_bit():
     with torch.no_grad():
         model[2].weight[0, 0].neg_()
     assert flip_rate(torch.compile(model)) == {"1": 0.0, "2": 0.25}
+
+
+def test_rates_are_read_back_by_tensorboard(tmp_path):
+    model = nn.Sequential(QConv3d(3, 4, 1), nn.Sequential(QConv3d(4, 2, 1)))
+    flip_rate(model)
+    with torch.no_grad():
+        model[1][0].weight[0].neg_()
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalars("flip_rate", flip_rate(model), 7)
+    read = {}
+    for folder in tmp_path.iterdir():
+        if folder.is_dir():  # add_scalars writes one for each key
+            events = EventAccumulator(str(folder)).Reload()
+            read[folder.name] = [(event.step, event.value) for event in events.Scalars("flip_rate")]
+    assert read == {"flip_rate_0": [(7, 0.0)], "flip_rate_1.0": [(7, 0.5)]}
 
 
 def test_a_shared_layer_is_there_once():

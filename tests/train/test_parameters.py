@@ -1,6 +1,7 @@
 """`parameter_groups`: which parameter is in which group, by names written out by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -132,16 +133,16 @@ def test_a_step_with_them_trains():
     assert unchanged == ["0.weight", "1.weight"]
 
 
-@pytest.mark.parametrize("lr", [0, -0.1, math.nan, math.inf])
-def test_a_learning_rate_is_above_0(lr: float):
-    with pytest.raises(InputError, match=rf"^lr must be a number above 0, got {lr}$"):
+@pytest.mark.parametrize("lr", [0, -0.1, math.nan, math.inf, "0.1", None])
+def test_a_learning_rate_is_above_0(lr: Any):
+    with pytest.raises(InputError, match=rf"^lr must be a number above 0, got {lr!r}$"):
         parameter_groups(Network(), lr)
 
 
 @pytest.mark.parametrize("name", ["weight_decay", "latent_lr", "added_lr"])
-@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
-def test_factors_are_from_0_on(name: str, value: float):
-    with pytest.raises(InputError, match=rf"^{name} must be a number from 0 on, got {value}$"):
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "0.1", None])
+def test_factors_are_from_0_on(name: str, value: Any):
+    with pytest.raises(InputError, match=rf"^{name} must be a number from 0 on, got {value!r}$"):
         parameter_groups(Network(), 0.1, **{name: value})
 
 
