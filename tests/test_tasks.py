@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from qconvert import InputError, ModelError, RuleError
+from qconvert import InputError, ModelError, RuleError, binarize, pack
 from qconvert.cli import app
 from qconvert.modes import preserved_modes
 from qconvert.pictures import new_figure
@@ -31,7 +31,7 @@ RULES = {
 STAGES = {"schedule": {"stage": [{"steps": 3, "weight": "identity"}, {"steps": 2, "transition": "linear"}]}}
 
 
-NAMES = (("float",), ("trained", "step"))
+NAMES = (("float",), ("trained", "step"), ("packed",))
 """What the rows of the table start with."""
 
 
@@ -251,10 +251,9 @@ def test_train_then_eval(command):
     measured = command("eval", "brightness", "-o", "run")
     assert measured.exit_code == 0
     rows = [[line.split() for line in each.output.splitlines() if line.strip()] for each in (trained, measured)]
-    of_float, of_student = ([values[-1] for row in rows for values in row if values[0] in names] for names in NAMES)
-    assert len(of_float) == len(of_student) == 2
-    assert of_float[0] == of_float[1]
-    assert of_student[0] == of_student[1]
+    for names in NAMES:
+        first, second = (values[-1] for row in rows for values in row if values[0] in names)
+        assert first == second, names
 
 
 def test_train_does_not_write_over_a_checkpoint(command):
@@ -371,6 +370,19 @@ def test_cuts_are_the_middles_of_runs():
 )
 def test_f1(found, expected, value):
     assert f1(found, expected) == pytest.approx(value)
+
+
+def test_packing_loses_nothing_of_a_trained_model():
+    """What `qconvert train shots` trains for longer."""
+    shots = Shots()
+    teacher, recipe = shots.float_model(0), replace(shots.recipe, steps=2, features=0.0)
+    made = Training(shots, binarize(teacher, shots.rules, report=False).train(), teacher, recipe)
+    assert made.run()
+    clip, _ = shots.batch(1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = [shots.answers(model(clip)) for model in (made.student.eval(), pack(made.student))]
+    assert torch.equal(*logits)
+    assert logits[0].std() > 0
 
 
 def test_clips_are_of_the_first_part_of_the_video_only():

@@ -24,7 +24,9 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class PackedFile:
-    """What `save` has written, in numbers. ``tensor_bits - padding_bits`` is what the report counts.
+    """What `save` has written, in numbers.
+
+    ``tensor_bits - padding_bits`` is what the report counts, where ``float_weights`` is empty: it counts those as quantized.
 
     Attributes:
         path: the file.

@@ -13,6 +13,7 @@ from torch import nn
 from .. import __version__
 from ..errors import InputError, did_you_mean
 from ..loading import save_weights
+from ..packed import pack
 from ..pictures import new_figure
 from ..pipeline import RulesLike
 from .base import Recipe, Task
@@ -81,7 +82,7 @@ def train_task(
         say(f"Interrupted after step {len(training.losses)}. Go on with the same command and --resume.")
         return False
     save_weights(training.student, folder / "model.safetensors", {"qconvert": __version__, "task": name})
-    reached = {"float": chosen.evaluate(teacher), "trained": chosen.evaluate(training.student)}
+    reached = _reached(chosen, teacher, "trained", training.student)
     say(_table(reached))
     if figure is not None and plot is not None:
         draw(figure, training.losses, training.measured, reached, plot)
@@ -110,7 +111,7 @@ def trained_float_model(chosen: Task, seed: int, path: Path) -> nn.Module | None
 
 
 def evaluate_task(name: str, rules: RulesLike | None, folder: Path) -> str:
-    """Return a table of what a task's float model and the model of a checkpoint reach.
+    """Return a table of what a task's float model and the model of a checkpoint reach, as it is and packed.
 
     Raises:
         QConvertError: if the task, the rules or the checkpoint do not fit.
@@ -123,13 +124,17 @@ def evaluate_task(name: str, rules: RulesLike | None, folder: Path) -> str:
         Training(chosen, teacher, None, chosen.float_recipe, seed).load(folder / FLOAT)
     training = _training(chosen, teacher, rules, recipe, seed)
     training.load(folder / CHECKPOINT)
-    step = f"step {len(training.losses)}"
-    return _table({"float": chosen.evaluate(teacher), step: chosen.evaluate(training.student)})
+    return _table(_reached(chosen, teacher, f"step {len(training.losses)}", training.student))
 
 
 def _training(chosen: Task, teacher: nn.Module, rules: RulesLike | None, recipe: Recipe, seed: int) -> Training:
     student = converted(chosen, teacher, chosen.rules if rules is None else rules, seed, recipe)
     return Training(chosen, student, teacher, recipe, seed)
+
+
+def _reached(chosen: Task, teacher: nn.Module, label: str, student: nn.Module) -> dict[str, Mapping[str, float]]:
+    models = {"float": teacher, label: student, "packed": pack(student)}
+    return {name: chosen.evaluate(model) for name, model in models.items()}
 
 
 def _with_progress(training: Training, checkpoint: Path, label: str, *, measures: bool = False) -> bool:
