@@ -162,6 +162,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         ModelError: if the file cannot be written.
     """
+    if not path.name:
+        raise ModelError(f"{str(path)!r} names no file to write")
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
@@ -170,6 +172,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.chmod(0o666 & ~mask)  # safetensors leaves its files readable by their owner only
         partial.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises a RuntimeError on a full disk
-        if partial.is_file():
-            partial.unlink()
         raise ModelError(f"{path} cannot be written: {error}") from error
+    finally:
+        if partial.is_file():  # whatever ended it, Ctrl-C too
+            partial.unlink()
