@@ -39,6 +39,14 @@ def test_each_way_is_run_and_the_ratios_are_those_of_the_times() -> None:
     assert measured.threads == torch.get_num_threads()
 
 
+def test_float32_is_measured_compiled_too_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model)) or model)
+    measured = benchmark(Net(), RULES, rounds=1, compiled=True)
+    assert [each.name for each in measured.timings] == ["float32", "bfloat16", "converted", "packed", "float32, compiled"]
+    assert compiled == [Net]
+
+
 def test_the_model_is_left_as_it_was_and_runs_on_what_is_given() -> None:
     model = Net().train()
     benchmark(model, RULES, torch.randn(2, 3, 3, 5, 5), rounds=1)

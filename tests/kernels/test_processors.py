@@ -1,11 +1,17 @@
-"""The kernel compiled for other processors than the one at hand: what they have, this one has as well."""
+"""The kernel compiled for other processors than the one at hand, which has what they have, and where there is no cache."""
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from numba import carray
+from numba.core import caching
+
+from qconvert.kernels.compiled.compiling import compiled_worker
 
 FEATURES = {
     "nehalem": "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16",
@@ -47,3 +53,14 @@ def test_it_is_exact_on_processors_with_less(processor: str, tmp_path) -> None:
         )
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.strip() == compiled
+
+
+def test_without_a_folder_to_write_to_it_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(pointer):
+        a = carray(pointer, 1)
+        a[0] = 2 * a[0]
+
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    numbers = np.array([21], np.int64)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled_worker(doubled).address)(numbers.ctypes.data)
+    assert numbers[0] == 42

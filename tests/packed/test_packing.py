@@ -3,7 +3,10 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import models
@@ -420,6 +423,27 @@ def test_without_numba_it_says_so_and_gives_the_same(monkeypatch: pytest.MonkeyP
     packed = pack(model)
     assert "pip install qconvert[cpu]" in str(packed.summary())
     assert torch.equal(packed(x), compiled)
+
+
+def test_a_pickle_runs_in_a_process_without_numba(tmp_path: Path) -> None:
+    model = converted(nn.Sequential(nn.Conv3d(64, 64, 3, padding=1), nn.BatchNorm3d(64), nn.ReLU(), nn.Conv3d(64, 64, 3)))
+    packed, x = pack(model), clip()
+    torch.save((packed, x, packed(x)), tmp_path / "packed.pt")
+    program = """
+import sys
+sys.modules["numba"] = None
+import torch
+import qconvert
+from qconvert.kernels import operators
+
+packed, x, expected = torch.load(sys.argv[1], weights_only=False)
+assert operators.kernel is None
+assert torch.equal(packed(x), expected)
+assert "pip install qconvert[cpu]" in str(qconvert.pack(torch.nn.Sequential(qconvert.QConv3d(64, 64, 3))).summary())
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "packed.pt")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize(
