@@ -1,7 +1,7 @@
 """`PackedConv3d`: a quantized convolution that computes with bits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
@@ -173,11 +173,12 @@ class PackedConv3d(nn.Module):
         """
         is_single = x.dim() == _SINGLE
         batch = x[None] if is_single else x
-        words = batch if x.dim() == _PACKED else self.pack(batch)
+        words = batch if x.dtype == torch.int64 and x.dim() == _PACKED else self.pack(batch)
         residual = x if self._adds_input else residual
         size = (words.shape[1], self.out_channels, *self._window.outputs_of(words.shape[2:5]))
         if min(size[2:]) < 1:
-            raise InputError(f"an input of {_sizes(words.shape[2:5])} positions, with its border, is too small: {self}")
+            sizes = " x ".join(map(str, words.shape[2:5]))
+            raise InputError(f"an input of {sizes} positions, with its border, is too small: {self}")
         convolve = partial(self._convolve, words, channels_last=self.channels_last or is_channels_last(x))
         if not is_single and (residual is None or residual.shape == size):
             found = convolve(self.table, residual, has_values=self.has_values, following=self.following)
@@ -298,10 +299,6 @@ def _per_channel(values: Tensor | None, default: float, channels: int) -> Tensor
     if values is None:
         return torch.full((channels,), default, dtype=torch.float64, device="cpu")
     return values.detach().double().expand(channels)
-
-
-def _sizes(sizes: Sequence[int]) -> str:
-    return " x ".join(map(str, sizes))
 
 
 def _own(scale: Tensor | None, offset: Tensor | None, bias: Tensor | None, sums: Tensor) -> Tensor:
