@@ -1,14 +1,25 @@
 """Where a convolution's words lie: offsets of its positions and taps in the packed input, and what its border is."""
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
-from typing import NamedTuple, Self
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 _WORD_BYTES = 8
+
+
+class _once:  # noqa: N801 (a decorator)
+    """A property that is computed at first: the same object for all threads, for workers are given its address."""
+
+    def __init__(self, compute: Any) -> None:
+        self._compute, self._name = compute, compute.__name__
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, owner: Any, _: type) -> Any:
+        return vars(owner).setdefault(self._name, self._compute(owner))
 
 
 class Window(NamedTuple):
@@ -67,20 +78,20 @@ class Geometry:
         _, rows, columns = self.padded
         return np.ravel((((sample * self.padded[0] + depth) * rows + height) * columns + width) * self._position_bytes)
 
-    @cached_property
+    @_once
     def positions(self) -> Ints:
         """Of each output position's first tap."""
         axes = [np.arange(count) * step for count, step in zip(self.outputs, self.window.stride, strict=True)]
         return self._places(np.arange(self.batch), *axes)
 
-    @cached_property
+    @_once
     def taps(self) -> Ints:
         """Of each word of each tap, from a position."""
         axes = [np.arange(taps) * apart for taps, apart in zip(self.window.kernel, self.window.dilation, strict=True)]
         taps = self._places(np.zeros(1, np.int64), *axes)
         return np.ravel(taps[:, None] + _WORD_BYTES * np.arange(self.words))
 
-    @cached_property
+    @_once
     def rows(self) -> Ints:
         """Of each row of the input: its first position inside the border."""
         depth, height, _ = (
@@ -89,13 +100,13 @@ class Geometry:
         left = np.array([self.window.padding[2][0]])
         return self._places(np.arange(self.batch), depth, height, left)
 
-    @cached_property
+    @_once
     def inner(self) -> Ints:
         """Of each position of the input inside the border."""
         axes = [before + np.arange(size) for (before, _), size in zip(self.window.padding, self.size, strict=True)]
         return self._places(np.arange(self.batch), *axes)
 
-    @cached_property
+    @_once
     def _inside(self) -> list[tuple[NDArray[np.bool_], Ints]]:
         """For each axis the different sets of taps that lie inside the input, [set][tap], and the set of each output."""
         found = []
@@ -107,7 +118,7 @@ class Geometry:
             found.append((kinds, kind.ravel()))
         return found
 
-    @cached_property
+    @_once
     def classes(self) -> Ints:
         """The class of each output position: positions of a class have the same taps in the border."""
         (_, depth), (rows, height), (columns, width) = self._inside

@@ -24,7 +24,7 @@ def is_worth_it(
     outputs, channels, *size = weight.shape
     if x.shape[1] != channels * groups or x.numel() == 0:
         return False  # a convolution of floats says what is wrong, or has nothing to do
-    if min(Window.of(size, stride, border, dilation).outputs(x.shape[2:])) < 1:
+    if min(border) < 0 or min(Window.of(size, stride, border, dilation).outputs(x.shape[2:])) < 1:
         return False
     used = [size / (each * -(-size // each)) for size, each in ((channels, WORD), (outputs // groups, BLOCK))]
     return math.prod(used) >= _LEAST_SHARE and is_compiled()
@@ -78,7 +78,7 @@ def signs_conv3d(
 
 
 def _words(x: Tensor, thresholds: Tensor | None, where: Geometry, groups: int, *, above: bool) -> Tensor:
-    limits = x.new_zeros(x.shape[1]) if thresholds is None else thresholds.detach().contiguous()
+    limits = x.new_zeros(x.shape[1]) if thresholds is None else thresholds.detach().expand(x.shape[1]).contiguous()
     if above:
         return kernel.pack_planes(x.contiguous(), limits, where, groups, above=True)
     limits = in_pieces(limits, groups)

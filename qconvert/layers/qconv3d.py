@@ -406,6 +406,9 @@ class QConv3d(QConv3d_NoAct):
             name: self._start(name, start, self.in_channels)
             for name, start in (("threshold", threshold), ("spread", spread))
         }
+        spread_values = starts["spread"]
+        if spread_values is not None and not (spread_values > 0).all():
+            raise QuantizerError(f"spread must be above 0, got {spread!r}")
         self.activation = self._placed(QActivation(quantization, window, **starts))
         if pad_value is None:
             self.pad_value = default_pad_value(self.activation.activation_function)

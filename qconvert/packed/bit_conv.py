@@ -13,9 +13,16 @@ class BitConv3d(QConv3d):
 
     Attributes:
         packed: it; latent weight and quantizers are gone.
+        fused: another one, of the same weight, which does the work of what follows too, for the graph that the layer is in.
     """
 
     packed: PackedConv3d
+    fused: PackedConv3d | None
+
+    @property
+    def at_work(self) -> PackedConv3d:
+        """The one that the model's own forward calls."""
+        return self.packed if self.fused is None else self.fused
 
     @property
     def is_plain(self) -> bool:
@@ -46,3 +53,4 @@ def pack_layer(layer: QConv3d, *, keeps_weight: bool) -> None:
         if name != "weight" or not keeps_weight:
             layer._parameters[name] = None
     layer.packed = packed
+    layer.register_module("fused", None)

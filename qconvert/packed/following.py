@@ -101,6 +101,16 @@ def is_constant(norm: nn.BatchNorm3d) -> bool:
     return is_plain and norm.running_mean is not None and norm.running_var is not None
 
 
+@torch.no_grad()
+def make_identity(norm: nn.BatchNorm3d) -> None:
+    """Let a BatchNorm in eval mode return its input, but for rounding."""
+    norm.running_mean.zero_()  # type: ignore[union-attr]  # it has statistics
+    norm.running_var.fill_(1 - norm.eps)  # type: ignore[union-attr]
+    if norm.affine:
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)
+
+
 def title(node: fx.Node, modules: Modules) -> str:
     """Return what the summary calls the operation of a node."""
     if node.op == "call_module":

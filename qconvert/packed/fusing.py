@@ -12,18 +12,31 @@ from ..generated import source_of, with_forward
 from ..inplace import in_place
 from ..layers import QConv3d_NoAct
 from ..tracer import IN_PLACE
-from .following import Modules, added_to, is_constant, module_of, of_channels, of_norm, side_by_side, takes, title
+from .bit_conv import BitConv3d
+from .following import (
+    Modules,
+    added_to,
+    is_constant,
+    make_identity,
+    module_of,
+    of_channels,
+    of_norm,
+    side_by_side,
+    takes,
+    title,
+)
 from .layer import PackedConv3d
 from .obstacles import has_hooks
 from .regions import regions
+from .writing import is_overwritten
 
 
 def fuse(model: nn.Module, *, folds_floats: bool) -> dict[str, str]:
     """Rewrite the forward of every part of the model that can be followed, and return those that cannot, with the reason.
 
     Args:
-        model: in eval mode, with packed layers. Its modules keep their places; those whose work a packed layer does now are
-            not called any more.
+        model: in eval mode, with packed layers. Its modules keep their places, and do what they did when they are called by
+            themselves: a layer that does the work of those behind it is another one, of the same weight.
         folds_floats: whether float convolutions take in the BatchNorm behind them: they round otherwise then.
     """
     obstacles: dict[str, str] = {}
@@ -48,7 +61,7 @@ def _fuse_region(region: nn.Module, graph: fx.Graph, names: Counter[nn.Module], 
     calls = Counter(modules[node.target] for node in graph.nodes if node.op == "call_module")
     alone = {module for module, count in calls.items() if count == names[module] == 1}
     layers = {
-        node: modules[node.target]
+        node: _twin(node, region, modules)
         for node in graph.nodes
         if node.op == "call_module" and isinstance(modules[node.target], PackedConv3d) and modules[node.target] in alone
     }
@@ -60,8 +73,18 @@ def _fuse_region(region: nn.Module, graph: fx.Graph, names: Counter[nn.Module], 
         if parts and all(part in ends for part in parts):
             _take_in_before(node, [ends[part] for part in parts], modules)
     for node, layer in ends.items():
-        _hand_on(node, layer, ends)
+        _hand_on(node, layer, ends, modules)
     graph.lint()
+
+
+def _twin(node: fx.Node, region: nn.Module, modules: dict[str, nn.Module]) -> PackedConv3d:
+    """Let the node call a layer that nothing else calls, of the same weight, and return it."""
+    name = str(node.target).removesuffix(".packed")
+    owner: BitConv3d = region.get_submodule(name)  # type: ignore[assignment]  # as `regions` has put it there
+    owner.fused = owner.packed.twin()
+    node.target = f"{name}.fused"
+    modules[node.target] = owner.fused
+    return owner.fused
 
 
 def _take_in(node: fx.Node, layer: PackedConv3d, modules: Modules) -> fx.Node:
@@ -69,6 +92,9 @@ def _take_in(node: fx.Node, layer: PackedConv3d, modules: Modules) -> fx.Node:
     while len(node.users) == 1:
         (after,) = node.users
         other = added_to(node, after)
+        read = [*node.all_input_nodes, *([] if other is None else [other])]
+        if is_overwritten(read, node, after, modules):
+            break
         module = module_of(after, modules)
         is_taken = module is not None and takes(layer.epilogue, module)
         if not (is_taken if other is None else layer.epilogue.add()):
@@ -110,22 +136,25 @@ def _fold_norm(node: fx.Node, modules: Modules, alone: Set[nn.Module]) -> None:
     if not isinstance(conv, nn.Conv3d) or isinstance(conv, QConv3d_NoAct) or type(conv).forward is not nn.Conv3d.forward:
         return
     is_alone = len(node.users) == 1 and conv in alone and "weight" in conv._parameters
-    if isinstance(norm, nn.BatchNorm3d) and is_constant(norm) and is_alone and not has_hooks(conv):
+    if isinstance(norm, nn.BatchNorm3d) and norm in alone and is_constant(norm) and is_alone and not has_hooks(conv):
         factor, summand = of_norm(norm)
         bias = 0.0 if conv.bias is None else conv.bias.detach().double()
         dtype = conv.weight.dtype
         conv.weight = nn.Parameter((conv.weight.detach().double() * factor.view(-1, 1, 1, 1, 1)).to(dtype))
         conv.bias = nn.Parameter((bias * factor + summand).to(dtype))
+        make_identity(norm)  # for those that call it by itself
         after.replace_all_uses_with(node)
         node.graph.erase_node(after)
 
 
-def _hand_on(node: fx.Node, layer: PackedConv3d, by_node: dict[fx.Node, PackedConv3d]) -> None:
+def _hand_on(node: fx.Node, layer: PackedConv3d, by_node: dict[fx.Node, PackedConv3d], modules: Modules) -> None:
     """Let the layer put out the bits that a layer behind it reads, beside floats where others read these."""
     readers = [user for user in node.users if user in by_node and user.args[0] is node and by_node[user].reads_signs]
     if len(readers) != 1 or layer.groups != 1:
         return
     (reader,) = readers
+    if is_overwritten([node], node, reader, modules):
+        return
     is_read_by_others = len(node.users) > 1 or node in reader.args[1:]
     layer.hand_on(by_node[reader], has_values=is_read_by_others)
     if is_read_by_others:

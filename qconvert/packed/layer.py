@@ -1,5 +1,6 @@
 """`PackedConv3d`: a quantized convolution that computes with bits."""
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -126,6 +127,12 @@ class PackedConv3d(nn.Module):
             shift, slope, summand = (each.detach().double() for each in layer.rprelu.parameters())
             self.epilogue.bend(slope, layer.rprelu, before=-shift, after=summand)
 
+    def twin(self) -> Self:
+        """Return a layer of the same weight, to which other operations can be added."""
+        twin = copy.copy(self)
+        twin._buffers, twin.epilogue, twin.takes_in = dict(self._buffers), copy.copy(self.epilogue), []
+        return twin
+
     def finish(self) -> None:
         """Let the epilogue take effect."""
         self.float_table = self.table = self._table(self.epilogue.rows())
@@ -180,7 +187,7 @@ class PackedConv3d(nn.Module):
             sizes = " x ".join(map(str, words.shape[2:5]))
             raise InputError(f"an input of {sizes} positions, with its border, is too small: {self}")
         convolve = partial(self._convolve, words, channels_last=self.channels_last or is_channels_last(x))
-        if not is_single and (residual is None or residual.shape == size):
+        if not is_single and (residual is None or (isinstance(residual, Tensor) and residual.shape == size)):
             found = convolve(self.table, residual, has_values=self.has_values, following=self.following)
             return found[0] if len(found) == 1 else found
         values = self._in_floats(convolve, residual, is_single=is_single)
@@ -245,6 +252,13 @@ class PackedConv3d(nn.Module):
             x.float(), self.thresholds, self.spreads, self.settings, self.planes[0], self.border, self.groups
         )
         return words
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._load_from_state_dict(*args)
+        for name, buffer in before.items():  # workers read raw memory; and what is remembered goes by the object
+            loaded: Tensor = self._buffers[name]  # type: ignore[assignment]  # it was a tensor
+            self._buffers[name] = loaded.to(buffer.dtype, copy=True).contiguous()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Bring the words into this machine's order: that of a pickle may be another's."""

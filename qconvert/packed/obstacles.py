@@ -31,31 +31,53 @@ def no_packing(layer: QConv3d_NoAct) -> str | None:
 
 
 def _reasons(layer: QConv3d) -> Iterator[str]:
-    inputs, weights = input_quantizer(layer), bare(layer._weight_quantize)
-    quantized = quantized_weight(layer)
     other_weight = own_weight(layer)
     if other_weight is not None:
         yield other_weight
     if type(layer.activation) is not QActivation or has_hooks(layer.activation, *layer.activation.children()):
         yield "its activation is of another class, or has hooks"
+    yield from _of_quantizers(layer)
+    yield from _of_geometry(layer)
+
+
+def _of_quantizers(layer: QConv3d) -> Iterator[str]:
+    inputs, weights, quantized = input_quantizer(layer), bare(layer._weight_quantize), quantized_weight(layer)
+    levels = layer._weight_quantize.levels(quantized)
     if not _has_codes(inputs):
         yield f"its input is in float, or its quantizer {inputs.name!r} has no codes that can be compared"
-    levels = layer._weight_quantize.levels(quantized)
+    elif input_levels(inputs).unit <= 0:
+        yield "the step of its input's quantizer is not above 0"
     if levels is None:
         yield f"its weight's quantizer {weights.name!r} does not say its levels"
     elif max(levels.bits, inputs.bit_width) > MOST_BITS:
         widths = f"{levels.bits}-bit weights and {inputs.bit_width}-bit inputs"
         yield f"{widths}: with more than {MOST_BITS} bits floats are faster"
-    elif quantized[0].numel() * 2**levels.bits * max(2**inputs.bit_width, abs(twice_border_code(layer))) >= SUMS:
+    elif _has_codes(inputs) and quantized[0].numel() * _twice_largest_input(layer) * _twice_largest(levels) >= SUMS:
         yield "its sums may take more than 31 bits"
     if quantized.dtype != torch.float32 or quantized.device.type != "cpu":
         yield f"its weight is {quantized.dtype} on {quantized.device}: bits are counted on a CPU, beside float32"
+
+
+def _of_geometry(layer: QConv3d) -> Iterator[str]:
+    if min(padding_amounts(layer.padding, layer.kernel_size, layer.dilation)) < 0:
+        yield "its padding is below 0"
     if not twice_border_code(layer).is_integer():
         yield f"its border of {layer.pad_value:g} lies between the codes"
     group_inputs, group_outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     compared = -(-group_outputs // BLOCK) * BLOCK * -(-group_inputs // WORD)
     if group_inputs * group_outputs < LEAST_PRODUCTS * compared:
         yield f"groups of {group_inputs} -> {group_outputs} channels are too few for words of {WORD}: floats are faster"
+
+
+def _twice_largest_input(layer: QConv3d) -> float:
+    """Return twice the largest magnitude of an input in steps, of the border too."""
+    levels = input_levels(input_quantizer(layer))
+    return max(_twice_largest(levels), abs(twice_border_code(layer) + 2 * levels.lowest / levels.step))
+
+
+def _twice_largest(levels: Levels) -> float:
+    """Return twice the largest magnitude of a value in steps: what the sums are made of."""
+    return 2 * max(abs(levels.lowest), abs(levels.lowest + levels.step * (levels.count - 1))) / levels.step
 
 
 def input_quantizer(layer: QConv3d) -> Quantization:

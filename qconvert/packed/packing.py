@@ -1,5 +1,6 @@
 """`pack`: a converted model becomes one that computes with bits."""
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from ..quantizations import Identity
 from ..trace import PACKED, copied, unwrapped
 from .bit_conv import BitConv3d, pack_layer
 from .fusing import fuse
+from .layer import PackedConv3d
 from .obstacles import no_packing
 from .summary import PackedLayer, Summary
 
@@ -55,12 +57,13 @@ def pack(model: nn.Module, example_inputs: Any = None, *, dtype: torch.dtype | N
     for layer, reason in reasons.items():
         if reason is None and isinstance(layer, QConv3d):
             pack_layer(layer, keeps_weight=keeps_weights)
+    _own_weights(packed, latent)
     opaque = fuse(packed, folds_floats=dtype is not None)
     if dtype is not None:
         _cast_floats(packed, dtype)
-    for layer in names:
-        if isinstance(layer, BitConv3d):
-            del layer.packed.epilogue
+    for module in packed.modules():
+        if isinstance(module, PackedConv3d):
+            del module.epilogue
     layers = tuple(_described(names[layer], layer, precisions[layer], reason) for layer, reason in reasons.items())
     difference = None if example_inputs is None else _difference(plain, packed, example_inputs)
     summary = Summary(layers, opaque, is_compiled, difference)
@@ -73,6 +76,16 @@ def _reads_weights(model: nn.Module) -> bool:
     classes = dict.fromkeys(type(module) for module in model.modules() if not is_torchs(type(module).__module__))
     steps = [step for code in reachable([cls.forward for cls in classes], classes) for step in pairwise(operations(code))]
     return any(name == "weight" and before != ("LOAD_FAST", "self") for before, (_, name) in steps)
+
+
+def _own_weights(packed: nn.Module, latent: Mapping[int, Tensor]) -> None:
+    """Give the packed model copies of the latent weights that it still has: what it was packed from may be trained on."""
+    copies: dict[int, nn.Parameter] = {}
+    for module in packed.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and id(weight) in latent:
+                copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                module._parameters[name] = copies.setdefault(id(weight), copy)
 
 
 def _this(summary: Summary) -> Summary:
@@ -88,7 +101,7 @@ def _precision(layer: QConv3d_NoAct) -> str:
 def _described(name: str, layer: nn.Module, precision: str, reason: str | None) -> PackedLayer:
     if not isinstance(layer, BitConv3d):
         return PackedLayer(name, precision, reason)
-    packed = layer.packed
+    packed = layer.at_work
     gives = ", ".join(what for what, is_given in (("floats", packed.has_values), ("bits", packed.following)) if is_given)
     return PackedLayer(name, precision, None, tuple(packed.takes_in), gives)
 
@@ -96,8 +109,8 @@ def _described(name: str, layer: nn.Module, precision: str, reason: str | None) 
 def _cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
     """Let float convolutions compute in the dtype, and all of them in channels_last_3d."""
     for conv in model.modules():
-        if isinstance(conv, BitConv3d):
-            conv.packed.channels_last = True
+        if isinstance(conv, PackedConv3d):
+            conv.channels_last = True
         elif isinstance(conv, nn.Conv3d) and not isinstance(conv, QConv3d_NoAct):
             conv.to(dtype).to(memory_format=torch.channels_last_3d)
             conv.register_forward_pre_hook(partial(_cast_input, dtype))

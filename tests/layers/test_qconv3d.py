@@ -405,3 +405,9 @@ def test_function_takes_one_number_for_all_three_sizes():
         conv3d(x, weight, dilation=2, padding="same", pad_value=-1),
         F.conv3d(F.pad(x, [2] * 6, value=-1), weight, dilation=2),
     )
+
+
+@pytest.mark.parametrize("spread", [0.0, -2.0, float("nan")])
+def test_a_spread_is_above_0(spread):
+    with pytest.raises(QuantizerError, match=rf"^spread must be above 0, got {spread}$"):
+        QConv3d(4, 4, 1, spread=spread)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qconvert import QConv3d
+from qconvert import QActivation, QConv3d
 from qconvert.kernels import operators
 from qconvert.kernels.signs import is_worth_it, signs_conv3d
 from qconvert.layers import step_forward
@@ -245,3 +245,14 @@ def test_what_cannot_be_convolved_says_why_as_in_float(shape, message):
 def test_an_empty_batch():
     layer, x = large()
     assert layer(x[:0]).shape == (0, 48, 5, 7, 6)
+
+
+def test_padding_below_0_crops() -> None:
+    layer, x = QConv3d(64, 64, 3, padding=-1), torch.randn(1, 64, 7, 6, 5)
+    assert torch.equal(layer.train()(x), layer.eval()(x))
+
+
+def test_one_threshold_for_all_channels() -> None:
+    layer, x = QConv3d(64, 64, 3), torch.randn(1, 64, 3, 4, 5)
+    layer.activation = QActivation("sign", threshold=torch.full((1,), 0.5))
+    assert torch.equal(layer.train()(x), layer.eval()(x))

@@ -4,6 +4,8 @@ import math
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qconvert import ModelError, QConv3d, QConv3d_NoAct
 from qconvert.kernels import operators
+from qconvert.kernels.geometry import Geometry, Window
 from qconvert.packed.layer import PackedConv3d
 from qconvert.packed.obstacles import no_packing
 from qconvert.quantizations import LSQ, Identity, InputDoReFa, Sign, WeightDoReFa
@@ -272,6 +275,16 @@ print(before, len(os.listdir("/proc/self/task")))
     assert before == after >= 3
 
 
+def test_places_are_the_same_arrays_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are given their addresses: one that is replaced is freed while it is read."""
+    where = Geometry(Window.of((1, 1, 1), (1, 1, 1), [0] * 6, (1, 1, 1)), 1, (2, 2, 2), 1, 1)
+    together, places = threading.Barrier(4, timeout=10), Geometry._places
+    monkeypatch.setattr(Geometry, "_places", lambda self, *axes: (together.wait(), places(self, *axes))[1])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: where.inner, range(4)))
+    assert len({id(each) for each in found}) == 1
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads_gives_the_same(threads: int) -> None:
     made, x = layer(70, 40, 3, padding=1, scale="channel"), torch.randn(1, 70, 6, 9, 9)
@@ -305,9 +318,15 @@ def test_its_products_are_counted_as_those_of_a_float_convolution() -> None:
     assert counts[0] == counts[1] > 0
 
 
-def eight_bits(channels: int) -> QConv3d:
-    """Return a layer whose sums reach 27 * 255 * 255 for each channel."""
-    return QConv3d(channels, 16, 3, input_quantization=LSQ(8), weight_quantization=LSQ(8))
+def eight_bits(channels: int, *, signed: bool = True) -> QConv3d:
+    """Return a layer whose sums reach 27 * 256 * 256 for each channel, 27 * 510 * 256 with inputs from 0 on."""
+    return QConv3d(channels, 16, 3, input_quantization=LSQ(8, signed=signed), weight_quantization=LSQ(8))
+
+
+def stepping_back() -> QConv3d:
+    made = QConv3d(64, 64, 3, input_quantization=LSQ(4))
+    torch.nn.init.constant_(made.activation.activation_function.step, -0.3)
+    return made
 
 
 @pytest.mark.parametrize("with_numba", [True, False])
@@ -343,6 +362,9 @@ class Custom(Sign):
         (lambda: QConv3d(64, 64, 3, padding=1, pad_value=0.3), r"border of 0\.3 lies between the codes"),
         (lambda: QConv3d(64, 64, 3, groups=64), "groups of 1 -> 1 channels"),
         (lambda: eight_bits(1214), "more than 31 bits"),
+        (lambda: eight_bits(610, signed=False), "more than 31 bits"),
+        (lambda: QConv3d(64, 64, 3, padding=-1), "its padding is below 0"),
+        (stepping_back, "the step of its input's quantizer is not above 0"),
         (lambda: QConv3d(64, 64, 3, padding=1, pad_value=1e7), "more than 31 bits"),
         (lambda: QConv3d(64, 64, 3, dtype=torch.float64), r"torch\.float64"),
         (lambda: QConv3d(64, 64, 3, device="meta"), "on meta"),
@@ -352,8 +374,17 @@ def test_what_cannot_be_counted_is_said(made: Any, reason: str) -> None:
     assert re.search(reason, no_packing(made()))
 
 
-def test_the_largest_sums_are_packed() -> None:
-    assert no_packing(eight_bits(1213)) is None
+@pytest.mark.parametrize(("channels", "signed"), [(1213, True), (609, False)])
+def test_the_largest_sums_are_packed(channels: int, signed: bool) -> None:
+    made = eight_bits(channels, signed=signed).eval()
+    assert no_packing(made) is None
+    inputs, weights = made.activation.activation_function, made._weight_quantize
+    for each in (inputs, weights):
+        torch.nn.init.ones_(each.step)
+    torch.nn.init.constant_(made.weight, -1000.0)
+    x = torch.full((1, channels, 3, 3, 3), -1000.0 if signed else 1000.0)
+    expected = 27 * channels * -128 * (-128 if signed else 255)
+    assert (PackedConv3d(made)(x) == torch.tensor(float(expected))).all()
 
 
 def test_hooks_on_the_quantizers_are_seen() -> None:

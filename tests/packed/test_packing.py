@@ -266,6 +266,7 @@ class Written(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv3d(64, 64, 3, padding=1), nn.BatchNorm3d(64)
         self.other, self.third = nn.Conv3d(64, 64, 1), nn.Conv3d(64, 64, 1)
+        self.relu = nn.ReLU(inplace=True)
         self.code = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -348,9 +349,33 @@ def two_packed_readers(m: Any, x: Tensor) -> Tensor:
     return m.other(y) + m.third(y)
 
 
+def residual_mutated(m: Any, x: Tensor) -> Tensor:
+    r = x * 2
+    y = m.conv(x) + r
+    r.mul_(2)
+    return F.relu(y) + r
+
+
+def mutated_before_it_is_read(m: Any, x: Tensor) -> Tensor:
+    h = m.norm(m.conv(x))
+    h.mul_(-1)
+    return m.other(h)
+
+
+def mutated_by_a_module(m: Any, x: Tensor) -> Tensor:
+    h = m.norm(m.conv(x))
+    m.relu(h)
+    return m.other(h)
+
+
+def add_a_size(m: Any, x: Tensor) -> Tensor:
+    return m.norm(m.conv(x)) + x.shape[0]
+
+
 FORWARDS = [
     add_in_place, add_to_the_argument, add_number, add_to_itself, add_with_factor, add_two, add_three, add_wider,
     add_narrower, add_to_what_a_view_shows, two_packed_readers, twice, read_twice, norm_twice, two_readers, same_as_residual,
+    residual_mutated, mutated_before_it_is_read, mutated_by_a_module, add_a_size,
 ]  # fmt: skip
 
 
@@ -384,6 +409,73 @@ def test_a_part_that_cannot_be_followed_is_packed_layer_by_layer() -> None:
     assert "Layer by layer: 0: " in str(packed.summary())
     assert given(packed)[2] == (("BatchNorm3d", "ReLU"), "bits")
     assert_same(packed, model, x)
+
+
+class Stepwise(Block):
+    """It cannot be followed, and calls the children of its children."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        for layer in self.conv1:
+            x = layer(x)
+        return self.conv2(self.conv1(x)) + x
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_children_do_by_themselves_what_they_did(dtype: torch.dtype | None) -> None:
+    stem = nn.Sequential(nn.Conv3d(3, 64, 3, padding=1), nn.BatchNorm3d(64), nn.ReLU())
+    binary = {"rule": [{"min_in_channels": 4, **BINARY["rule"][0]}]}
+    model, x = converted(nn.Sequential(stem, Stepwise(), Block(), Block()), binary), torch.randn(2, 3, 3, 6, 5)
+    packed = pack(model, dtype=dtype)
+    assert given(packed)[2] == (("BatchNorm3d", "ReLU"), "bits")
+    for part in ("0", "1", "2", "2.conv1", "2.conv2", "2.conv1.0"):
+        given_to = x if part == "0" else clip()
+        ours, theirs = (each.get_submodule(part)(given_to) for each in (packed, model))
+        assert_close(ours, theirs, rtol=0, atol=0 if dtype is None else 1e-4)
+    if dtype is None:
+        assert_same(packed, model, x)
+
+
+def test_the_original_can_be_trained_on() -> None:
+    model, x = converted(Block(), {"rule": [{"weight": "sign", "input": "identity"}]}), clip()
+    packed = pack(model)
+    assert "W1A32" in str(packed.summary())
+    expected = packed(x)
+    with torch.no_grad():
+        model.conv1[0].weight.neg_()
+    assert torch.equal(packed(x), expected)
+
+
+def test_a_state_dict_that_is_loaded_is_what_it_computes_with() -> None:
+    layers = [qconvert.QConv3d(64, 64, 3, padding=1, pad_value=0.0) for _ in range(2)]
+    one, other = (pack(nn.Sequential(layer)) for layer in layers)
+    x = clip()
+    assert not torch.equal(one(x), other(x))
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x), other(x))
+    doubles = {key: value.double() if value.is_floating_point() else value for key, value in other.state_dict().items()}
+    one.load_state_dict(doubles, assign=True)
+    assert torch.equal(one(x), other(x))
+
+
+def test_infinity_and_nan_stay_in_their_sample() -> None:
+    """Bits of channels that a block does not have are 0 whatever the block before them had."""
+    made = nn.Sequential(*(qconvert.QConv3d(40, 40, 3, padding=1) for _ in range(2)))
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = made
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x) + x)
+
+    model, x = Added().eval(), torch.randn(3, 40, 3, 6, 5)
+    x[2, :20], x[2, 20:] = torch.inf, torch.nan
+    packed = pack(model)
+    assert given(packed)[0] == (("add",), "bits")
+    assert torch.equal(packed(x)[:2], model(x)[:2])
 
 
 def test_a_layer_that_two_parts_share_takes_in_what_follows_in_neither() -> None:

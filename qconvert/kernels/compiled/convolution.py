@@ -139,10 +139,19 @@ def _planes(a, values, planes, plane, first, count, block, present, reads):
 
 
 @njit(inline="always")
+def _clear(values, present):
+    """Forget what another block has left of channels that this one does not have: NaN is not below any threshold."""
+    for p in range(RUN):
+        for c in range(present, CHANNELS):
+            values[p, c] = 0.0
+
+
+@njit(inline="always")
 def _run(a, told, spare, spared, first, end, block):
     """Compute a block's outputs of at most `RUN` positions."""
     present = min(CHANNELS, a[Argument.GROUP_CHANNELS] - CHANNELS * (block % a[Argument.BLOCKS]))
     in_planes, out_planes = a[Argument.RESIDUAL_PLANE], a[Argument.OUTPUT_PLANE]
+    _clear(spare[0], present)
     if in_planes != 0:
         _planes(a, spare[0].ctypes.data, a[Argument.RESIDUAL], in_planes, first, end - first, block, present, True)
     for position in range(first, end, POSITIONS):
