@@ -406,8 +406,8 @@ class QConv3d(QConv3d_NoAct):
             name: self._start(name, start, self.in_channels)
             for name, start in (("threshold", threshold), ("spread", spread))
         }
-        spread_values = starts["spread"]
-        if spread_values is not None and not (spread_values > 0).all():
+        spreads = starts["spread"]
+        if spreads is not None and not spreads.is_meta and not (spreads > 0).all():
             raise QuantizerError(f"spread must be above 0, got {spread!r}")
         self.activation = self._placed(QActivation(quantization, window, **starts))
         if pad_value is None:
