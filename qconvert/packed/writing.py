@@ -51,12 +51,20 @@ def _targets(node: fx.Node, modules: Modules) -> list[fx.Node]:
 
 def _memory(node: fx.Node, modules: Modules) -> set[fx.Node]:
     """Return the nodes in whose memory a node's tensor may lie: its own, or those of what it is a view of."""
-    is_writing = bool(_targets(node, modules))
+    found: set[fx.Node] = set()
+    left = [node]
+    while left:
+        each = left.pop()
+        if each not in found:
+            found.add(each)
+            left += [] if _is_fresh(each, modules) else each.all_input_nodes
+    return found
+
+
+def _is_fresh(node: fx.Node, modules: Modules) -> bool:
+    """Return whether a node's tensor has memory of its own."""
+    if _targets(node, modules):
+        return False
     if node.op == "call_module":
-        module = modules[node.target]
-        is_fresh = isinstance(module, (nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.LeakyReLU, nn.PReLU, PackedConv3d))
-    else:
-        is_fresh = node.op == "placeholder" or node.target in _FRESH
-    if is_fresh and not is_writing:
-        return {node}
-    return {node}.union(*(_memory(each, modules) for each in node.all_input_nodes))
+        return isinstance(modules[node.target], (nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.LeakyReLU, nn.PReLU, PackedConv3d))
+    return node.op == "placeholder" or node.target in _FRESH
