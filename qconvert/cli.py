@@ -147,7 +147,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw loss and metrics as .png, .svg or .pdf.")] = None,
 ) -> None:
-    """Convert the float model of a bundled task, train it, and measure both. Ctrl-C leaves a checkpoint to go on from."""
+    """Convert a bundled task's float model, train and measure it. Ctrl-C leaves a checkpoint to go on from."""
     _check_suffix(plot, _PICTURES)
     reached_end = train_task(task, rules, output, steps=steps, seed=seed, resume=resume, plot=plot, say=typer.echo)
     if not reached_end:
@@ -156,7 +156,7 @@ def train(
 
 @app.command("eval")
 def evaluate(task: TaskName, output: Folder, rules: TaskRules = None) -> None:
-    """Measure the model of a checkpoint that `qconvert train` has written, beside the float model."""
+    """Measure the model of a checkpoint that `qconvert train` has written, as it is and packed, beside the float model."""
     typer.echo(evaluate_task(task, rules, output))
 
 

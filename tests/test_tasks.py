@@ -221,6 +221,12 @@ def test_nothing_to_learn_from():
         training(recipe=Recipe(steps=1, batch_size=1, lr=0.1))
 
 
+def test_no_teacher_to_learn_from():
+    task = Brightness()
+    with pytest.raises(InputError, match=r"the recipe has a distillation, logits or features: pass a teacher"):
+        Training(task, task.float_model(0), None, task.recipe)
+
+
 def test_a_model_that_qconvert_has_not_converted_is_trained_too():
     task = Brightness()
     student, teacher = task.float_model(1), task.float_model(0)

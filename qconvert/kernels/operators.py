@@ -84,12 +84,13 @@ def _with_border(base: Tensor, tap_sums: Tensor, factor: int, where: Geometry, g
     if tap_sums not in _bases:
         _bases[tap_sums] = {}
     of_size: dict[tuple[int, ...], Tensor] = _bases[tap_sums]
-    if where.size not in of_size:
-        if len(of_size) == _SIZES:
+    found = of_size.get(where.size)
+    if found is None:
+        if len(of_size) >= _SIZES:
             of_size.clear()
         outside = torch.from_numpy(by_block(factor * where.outside(tap_sums.numpy()), groups, base.shape[-1]))
-        of_size[where.size] = base + outside.int()
-    return of_size[where.size]
+        found = of_size[where.size] = base + outside.int()
+    return found  # not what is there now: another thread may have cleared it
 
 
 _bases: Any = WeakIdKeyDictionary()

@@ -177,6 +177,9 @@ class PackedConv3d(nn.Module):
         """Return the output: floats, packed codes for the layer that follows, or both.
 
         Without a batch, and where adding the residual changes shapes, floats come in the place of the codes, too.
+
+        Raises:
+            InputError: for another number of channels, or an input that is smaller than the kernel.
         """
         is_single = x.dim() == _SINGLE
         batch = x[None] if is_single else x
@@ -256,9 +259,11 @@ class PackedConv3d(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._load_from_state_dict(*args)
-        for name, buffer in before.items():  # workers read raw memory; and what is remembered goes by the object
+        for name, buffer in before.items():
             loaded: Tensor = self._buffers[name]  # type: ignore[assignment]  # it was a tensor
-            self._buffers[name] = loaded.to(buffer.dtype, copy=True).contiguous()
+            self._buffers[name] = loaded.to(buffer.dtype).contiguous()  # workers read raw memory
+        if self.tap_sums is not None:
+            self.tap_sums = self.tap_sums.clone()  # what is remembered of it goes by the object
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Bring the words into this machine's order: that of a pickle may be another's."""

@@ -48,12 +48,14 @@ class Training:
 
     Raises:
         RuleError: if the rules of the student have a schedule that is longer than the recipe.
-        InputError: if the recipe has no loss, or no steps.
+        InputError: if the recipe has no loss, no steps, or a distillation for which there is no teacher.
     """
 
     def __init__(self, task: Task, student: nn.Module, teacher: nn.Module | None, recipe: Recipe, seed: int = 0) -> None:
         if not (recipe.labels or recipe.logits or recipe.features):
             raise InputError("nothing to learn from: labels, logits and features are all 0")
+        if teacher is None and (recipe.logits or recipe.features):
+            raise InputError("the recipe has a distillation, logits or features: pass a teacher")
         if recipe.steps < 1:
             raise InputError(f"steps must be at least 1, got {recipe.steps}")
         self.task, self.student, self.teacher, self.recipe, self.seed = task, student, teacher, recipe, seed
@@ -195,20 +197,8 @@ def _stages(schedule: dict[str, Any] | None) -> list[Any]:
 
 
 _KEYS = {
-    *(
-        "task",
-        "seed",
-        "rules",
-        "recipe",
-        "losses",
-        "measured",
-        "schedule",
-        "student",
-        "optimizer",
-        "rates",
-        "clips",
-        "dropout",
-    )
+    *("task", "seed", "rules", "recipe", "losses", "measured"),
+    *("schedule", "student", "optimizer", "rates", "clips", "dropout"),
 }
 
 
