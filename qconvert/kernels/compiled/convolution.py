@@ -66,8 +66,8 @@ class Argument(IntEnum):
 
 ARGUMENTS = len(Argument)
 
-X_AT, BASE, ADDEND, RESIDUAL, OUTPUT, BITS = range(6)
-"""Rows of what a tile is told for each of its positions."""
+X_AT, BASE, ADDEND, RESIDUAL, OUTPUT, BITS, NOWHERE = range(7)
+"""Rows of what a tile is told for each of its positions; bits that nobody wants go to the last one."""
 
 RUN = 16
 """Positions, whole tiles, whose outputs are brought into planes in one go: a line of the cache each."""
@@ -77,29 +77,21 @@ TABLE_BYTES = 4 * len(Row) * CHANNELS
 
 
 @njit(inline="always")
-def _aim(a, told, first_position, block):
-    """Tell a tile where its positions read and write."""
-    groups, channels = a[Argument.GROUPS], a[Argument.GROUP_CHANNELS]
-    group, in_group = block // a[Argument.BLOCKS], CHANNELS * (block % a[Argument.BLOCKS])
+def _aim(a, told, first, block, group, in_group, residuals, residual_step, outputs, output_step):
+    """Tell a tile where its positions read and write: those of a tile that are none are the last one again."""
+    last, groups = a[Argument.POSITION_COUNT] - 1, a[Argument.GROUPS]
+    x, base = a[Argument.X] + group * a[Argument.GROUP_BYTES], a[Argument.BASES] + 4 * CHANNELS * block
     for p in range(POSITIONS):
-        position = min(first_position + p, a[Argument.POSITION_COUNT] - 1)
-        told[X_AT, p] = read_word(a[Argument.POSITION_OFFSETS] + 8 * position) + group * a[Argument.GROUP_BYTES]
+        position = min(first + p, last)
+        told[X_AT, p] = x + read_word(a[Argument.POSITION_OFFSETS] + 8 * position)
+        told[RESIDUAL, p] = residuals + position * residual_step
+        told[OUTPUT, p] = outputs + position * output_step
         kind = read_word(a[Argument.CLASSES] + 8 * position) if a[Argument.CLASSES] != 0 else 0
-        told[BASE, p] = a[Argument.BASES] + 4 * CHANNELS * (kind * groups * a[Argument.BLOCKS] + block)
+        told[BASE, p] = base + 4 * CHANNELS * groups * a[Argument.BLOCKS] * kind
         if a[Argument.ADDENDS] != 0:
             told[ADDEND, p] = read_word(a[Argument.ADDENDS] + 8 * (position * groups + group))
-        value = 4 * ((position * groups + group) * channels + in_group)
-        told[RESIDUAL, p], told[OUTPUT, p] = a[Argument.RESIDUAL] + value, a[Argument.OUTPUT] + value
         if a[Argument.BITS] != 0:
             told[BITS, p] = a[Argument.BITS] + read_word(a[Argument.BIT_OFFSETS] + 8 * position) + in_group // 8
-
-
-@njit(inline="always")
-def _copy(sources, targets, count):
-    """Copy that many float32 for each position of a tile."""
-    for p in range(POSITIONS):
-        for c in range(count):
-            copy_float(sources[p] + 4 * c, targets[p] + 4 * c)
 
 
 @njit(inline="always")
@@ -115,10 +107,8 @@ def _squares(values, planes, plane, reads):
 
 
 @njit(inline="always")
-def _planes(a, values, planes, plane, first, count, block, present, reads):
+def _planes(values, planes, plane, channels, first, count, channel, present, reads):
     """Copy a block's values [position][channel] of that many positions to where each channel has a plane, or from there."""
-    channels = a[Argument.GROUPS] * a[Argument.GROUP_CHANNELS]
-    channel = block // a[Argument.BLOCKS] * a[Argument.GROUP_CHANNELS] + CHANNELS * (block % a[Argument.BLOCKS])
     done = 0
     while done < count:
         sample, place = (first + done) // plane, (first + done) % plane
@@ -139,6 +129,28 @@ def _planes(a, values, planes, plane, first, count, block, present, reads):
 
 
 @njit(inline="always")
+def _rows(values, rows, row, count, present, reads):
+    """Do the same as `_planes` where each position has a row, that many bytes apart."""
+    for p in range(count):
+        for c in range(present):
+            one, other = values + 4 * (CHANNELS * p + c), rows + row * p + 4 * c
+            if reads:
+                copy_float(other, one)
+            else:
+                copy_float(one, other)
+
+
+@njit(inline="always")
+def _copy(a, values, floats, plane, first, count, channel, present, reads):
+    """Copy a block's values [position][channel] of that many positions to the floats of all channels, or from there."""
+    channels = a[Argument.GROUPS] * a[Argument.GROUP_CHANNELS]
+    if plane != 0:
+        _planes(values, floats, plane, channels, first, count, channel, present, reads)
+    else:
+        _rows(values, floats + 4 * (first * channels + channel), 4 * channels, count, present, reads)
+
+
+@njit(inline="always")
 def _clear(values, present):
     """Forget what another block has left of channels that this one does not have: NaN is not below any threshold."""
     for p in range(RUN):
@@ -147,28 +159,28 @@ def _clear(values, present):
 
 
 @njit(inline="always")
-def _run(a, told, spare, spared, first, end, block):
+def _floats(floats, row, spare, first, in_place):
+    """Return where position 0 has its floats of a block, in place or spare, and how many bytes on the next one has."""
+    spare_row = 4 * CHANNELS
+    return (floats, row) if in_place else (np.int64(spare.ctypes.data) - spare_row * first, spare_row)
+
+
+@njit(inline="always")
+def _run(a, told, spare, first, end, block, group, in_group):
     """Compute a block's outputs of at most `RUN` positions."""
-    present = min(CHANNELS, a[Argument.GROUP_CHANNELS] - CHANNELS * (block % a[Argument.BLOCKS]))
-    in_planes, out_planes = a[Argument.RESIDUAL_PLANE], a[Argument.OUTPUT_PLANE]
-    _clear(spare[0], present)
-    if in_planes != 0:
-        _planes(a, spare[0].ctypes.data, a[Argument.RESIDUAL], in_planes, first, end - first, block, present, True)
+    group_channels, residual, output = a[Argument.GROUP_CHANNELS], a[Argument.RESIDUAL], a[Argument.OUTPUT]
+    present, channel = min(CHANNELS, group_channels - in_group), group * group_channels + in_group
+    row, is_whole = 4 * a[Argument.GROUPS] * group_channels, present == CHANNELS
+    reads_in_place = residual != 0 and is_whole and a[Argument.RESIDUAL_PLANE] == 0
+    writes_in_place = output != 0 and is_whole and a[Argument.OUTPUT_PLANE] == 0
+    residuals, residual_step = _floats(residual + 4 * channel, row, spare[0], first, reads_in_place)
+    outputs, output_step = _floats(output + 4 * channel, row, spare[1], first, writes_in_place)
+    if residual != 0 and not reads_in_place:
+        _clear(spare[0], present)
+        _copy(a, spare[0].ctypes.data, residual, a[Argument.RESIDUAL_PLANE], first, end - first, channel, present, True)
     for position in range(first, end, POSITIONS):
-        _aim(a, told, position, block)
-        residuals, outputs = told[RESIDUAL], told[OUTPUT]
-        if present < CHANNELS:
-            residuals, outputs = spared[0], spared[1]
-            if a[Argument.RESIDUAL] != 0 and in_planes == 0:
-                _copy(told[RESIDUAL], residuals, present)
-        if in_planes != 0:
-            residuals = told[RESIDUAL]
-            for p in range(POSITIONS):  # those of a tile that are none are the last one again
-                residuals[p] = spared[0, min(position + p, end - 1) - first]
-        if out_planes != 0:
-            outputs = spared[1, position - first :]
+        _aim(a, told, position, block, group, in_group, residuals, residual_step, outputs, output_step)
         tile(
-            a[Argument.X],
             told[X_AT].ctypes.data,
             a[Argument.WORD_OFFSETS],
             a[Argument.RUNS],
@@ -177,14 +189,12 @@ def _run(a, told, spare, spared, first, end, block):
             told[BASE].ctypes.data,
             told[ADDEND].ctypes.data,
             a[Argument.TABLE] + block * TABLE_BYTES,
-            residuals.ctypes.data if a[Argument.RESIDUAL] != 0 else 0,
-            outputs.ctypes.data if a[Argument.OUTPUT] != 0 else 0,
-            told[BITS].ctypes.data if a[Argument.BITS] != 0 else 0,
+            told[RESIDUAL].ctypes.data,
+            told[OUTPUT].ctypes.data,
+            told[BITS].ctypes.data,
         )
-        if present < CHANNELS and a[Argument.OUTPUT] != 0 and out_planes == 0:
-            _copy(outputs, told[OUTPUT], present)
-    if out_planes != 0:
-        _planes(a, spare[1].ctypes.data, a[Argument.OUTPUT], out_planes, first, end - first, block, present, False)
+    if output != 0 and not writes_in_place:
+        _copy(a, spare[1].ctypes.data, output, a[Argument.OUTPUT_PLANE], first, end - first, channel, present, False)
 
 
 @cache
@@ -197,17 +207,16 @@ def compiled() -> Any:
         a = carray(pointer, ARGUMENTS + 0 * of_all_sources)  # part of the key in numba's cache
         positions, step = a[Argument.POSITION_COUNT], a[Argument.RUNS_AT_ONCE] * RUN
         pieces = (positions + step - 1) // step
-        told = np.zeros((6, POSITIONS), np.int64)
-        spare = np.zeros((2, RUN, CHANNELS), np.float32)  # a block of fewer channels, and planes, read and write here
-        spared = np.zeros((2, RUN), np.int64)
-        for row in range(2):
-            for p in range(RUN):
-                spared[row, p] = spare[row, p].ctypes.data
+        told = np.zeros((7, POSITIONS), np.int64)
+        told[BITS, :] = told[NOWHERE].ctypes.data
+        # a block of fewer channels, and planes, read and write here; where there is no residual, -0.0 changes no number
+        spare = np.full((2, RUN, CHANNELS), -0.0, np.float32)
         piece = next_number(a.ctypes.data)
         while piece < pieces * a[Argument.GROUPS] * a[Argument.BLOCKS]:
             block, start = piece // pieces, piece % pieces * step  # a block's weights stay in the cache
+            group, in_group = block // a[Argument.BLOCKS], CHANNELS * (block % a[Argument.BLOCKS])
             for first in range(start, min(start + step, positions), RUN):
-                _run(a, told, spare, spared, first, min(first + RUN, positions), block)
+                _run(a, told, spare, first, min(first + RUN, positions), block, group, in_group)
             piece = next_number(a.ctypes.data)
 
     return worker

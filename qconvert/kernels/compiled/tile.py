@@ -16,7 +16,7 @@ from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
 from ..layout import Row
-from .vectors import splat
+from .vectors import prefetch, splat
 
 I1, I8, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -67,14 +67,14 @@ _FLOATS = ir.VectorType(F32, 2 * SHAPE.lanes)
 _COUNTS = _WORDS if COUNTS_WORDS else ir.VectorType(I8, 8 * SHAPE.lanes)
 _WORD = 8  # bytes
 _VECTOR = _WORD * SHAPE.lanes
+_LINE = 64  # bytes, of the cache
 _PAIRS = range(SHAPE.vectors // 2)
 
 
 @intrinsic
 def tile(
     typing_context: Any,
-    x: Any,
-    position_offsets: Any,
+    inputs: Any,
     word_offsets: Any,
     runs: Any,
     run_count: Any,
@@ -90,8 +90,7 @@ def tile(
 
     Args:
         typing_context: numba's.
-        x: bits of the input.
-        position_offsets: for each position, in bytes from x.
+        inputs: for each position, address of its first word.
         word_offsets: for each word, in bytes from a position.
         runs: pairs for each run of words: where it ends, and by how many bits the sum before it is shifted to the left.
         run_count: how many.
@@ -99,17 +98,18 @@ def tile(
         bases: for each position, address of what twice the count is taken from, int32 for each channel.
         addends: for each position, an int64 that is added.
         channels: the rows of `Row`.
-        residuals: for each position, address of what is added before the slope, float32 for each channel; or 0.
-        outputs: for each position, address of its outputs, float32; or 0.
-        bits: for each position, address of its outputs' bits, where an output is not below the threshold; or 0.
+        residuals: for each position, address of what is added before the slope, float32 for each channel.
+        outputs: for each position, address of its outputs, float32.
+        bits: for each position, address of its outputs' bits: where an output is not below the threshold.
     """
-    signature = types.void(*[types.intp] * 12)
+    signature = types.void(*[types.intp] * 11)
     return signature, _tile
 
 
 def _tile(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
-    x, position_offsets, word_offsets, runs, run_count, weights, bases, addends, *after = arguments
-    places = [b.add(x, _load_word(b, position_offsets, p)) for p in range(SHAPE.positions)]
+    inputs, word_offsets, runs, run_count, weights, bases, addends, *after = arguments
+    places = [_load_word(b, inputs, p) for p in range(SHAPE.positions)]
+    _prefetch_floats(b, *after[1:3])
     counts = _counts(b, places, word_offsets, runs, run_count, weights)
     sums = []
     for p in range(SHAPE.positions):
@@ -119,6 +119,14 @@ def _tile(context: Any, b: ir.IRBuilder, signature: Any, arguments: list[ir.Valu
         sums.append([b.add(b.sub(_load(b, base, _VECTOR * v, _NUMBERS, 4), twice[v]), addend) for v in _PAIRS])
     _put_out(b, sums, *after)
     return context.get_dummy_value()
+
+
+def _prefetch_floats(b: ir.IRBuilder, residuals: ir.Value, outputs: ir.Value) -> None:
+    """Let what is read and written after the counting come into the cache meanwhile: rows of other channels lie between."""
+    for p in range(SHAPE.positions):
+        for line in range(0, 4 * SHAPE.channels, _LINE):
+            prefetch(b, b.add(_load_word(b, residuals, p), _number(line)))
+            prefetch(b, b.add(_load_word(b, outputs, p), _number(line)), to_write=True)
 
 
 def _counts(
@@ -132,14 +140,13 @@ def _counts(
     """Return the counts of differing bits as vectors, [position][vector]."""
     grid = [(p, v) for p in range(SHAPE.positions) for v in range(SHAPE.vectors)]
     before, run_block = b.block, b.append_basic_block("run")
-    word_block, widen_block, done = (b.append_basic_block(name) for name in ("word", "widen", "done"))
+    word_block, widen_block, shift_block, done = (b.append_basic_block(each) for each in ("word", "widen", "shift", "done"))
     b.branch(run_block)
 
     b.position_at_end(run_block)
     run, run_k, run_weight = b.phi(I64), b.phi(I64), b.phi(I64)
     totals = {each: b.phi(_WORDS) for each in grid}
     end = _load_word(b, b.add(runs, b.shl(run, _number(4))), 0)
-    shift = splat(b, _load_word(b, b.add(runs, b.shl(run, _number(4))), 1), _WORDS)
     b.branch(word_block)
 
     b.position_at_end(word_block)
@@ -160,22 +167,27 @@ def _counts(
     b.cbranch(b.icmp_signed("<", next_k, end), word_block, widen_block)
 
     b.position_at_end(widen_block)
-    widened = {each: b.add(b.shl(totals[each], shift), _widened(b, counted[each])) for each in grid}
+    widened = counted if COUNTS_WORDS else {each: b.add(totals[each], _widened(b, counted[each])) for each in grid}
     next_run = b.add(run, _number(1))
-    b.cbranch(b.icmp_signed("<", next_run, run_count), run_block, done)
+    b.cbranch(b.icmp_signed("<", next_run, run_count), shift_block, done)
+
+    b.position_at_end(shift_block)
+    shift = splat(b, _load_word(b, b.add(runs, b.shl(next_run, _number(4))), 1), _WORDS)
+    shifted = {each: b.shl(widened[each], shift) for each in grid}
+    b.branch(run_block)
 
     for phi, start, then in (
         (run, _number(0), next_run),
         (run_k, _number(0), next_k),
         (run_weight, weights, next_weight),
-        *((totals[each], _zero(_WORDS), widened[each]) for each in grid),
+        *((totals[each], _zero(_WORDS), shifted[each]) for each in grid),
     ):
         phi.add_incoming(start, before)
-        phi.add_incoming(then, widen_block)
+        phi.add_incoming(then, shift_block)
     for phi, start, then in (
         (k, run_k, next_k),
         (weight, run_weight, next_weight),
-        *((counts[each], _zero(_COUNTS), counted[each]) for each in grid),
+        *((counts[each], totals[each] if COUNTS_WORDS else _zero(_COUNTS), counted[each]) for each in grid),
     ):
         phi.add_incoming(start, run_block)
         phi.add_incoming(then, word_block)
@@ -212,23 +224,21 @@ def _put_out(
     bits: ir.Value,
 ) -> None:
     """Bring the sums to float, through what comes after the convolution, and store them, their bits, or both."""
-    has_residual, has_output, has_bits = (b.icmp_signed("!=", each, _number(0)) for each in (residuals, outputs, bits))
-    for p in range(SHAPE.positions):
-        above = []
-        for v in _PAIRS:
-            place = _VECTOR * v
-            scale, offset, bias, norm_factor, norm_summand, slope, last, threshold = (
-                _load(b, channels, 4 * SHAPE.channels * row + place, _FLOATS, 4) for row in Row
-            )
+    above: list[list[ir.Value]] = [[] for _ in range(SHAPE.positions)]
+    for v in _PAIRS:
+        place = _VECTOR * v
+        scale, offset, bias, norm_factor, norm_summand, slope, last, threshold = (
+            _load(b, channels, 4 * SHAPE.channels * row + place, _FLOATS, 4) for row in Row
+        )
+        for p in range(SHAPE.positions):
             y = b.fadd(b.fmul(b.sitofp(sums[p][v], _FLOATS), scale), offset)
             y = _multiplied_and_added(b, b.fadd(y, bias), norm_factor, norm_summand)
-            y = _with_residual(b, y, has_residual, b.add(residuals, _number(_WORD * p)), place)
+            y = b.fadd(y, _load(b, _load_word(b, residuals, p), place, _FLOATS, 4))
             y = b.fadd(b.select(b.fcmp_ordered(">", y, _zero(_FLOATS)), y, b.fmul(y, slope)), last)
-            with b.if_then(has_output):
-                _store(b, y, b.add(_load_word(b, outputs, p), _number(place)))
-            above.append(b.fcmp_unordered(">=", y, threshold))
-        with b.if_then(has_bits):
-            _store(b, _as_bits(b, above), _load_word(b, bits, p))
+            _store(b, y, b.add(_load_word(b, outputs, p), _number(place)))
+            above[p].append(b.fcmp_unordered(">=", y, threshold))
+    for p, flags in enumerate(above):
+        _store(b, _as_bits(b, flags), _load_word(b, bits, p))
 
 
 def _multiplied_and_added(b: ir.IRBuilder, y: ir.Value, factor: ir.Value, summand: ir.Value) -> ir.Value:
@@ -237,18 +247,6 @@ def _multiplied_and_added(b: ir.IRBuilder, y: ir.Value, factor: ir.Value, summan
         return b.fadd(b.fmul(y, factor), summand)
     fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{_FLOATS.count}f32")
     return b.call(fma, [y, factor, summand])
-
-
-def _with_residual(b: ir.IRBuilder, y: ir.Value, is_there: ir.Value, address: ir.Value, place: int) -> ir.Value:
-    """Return y and, where there is a residual, what lies that many bytes behind the address at an address."""
-    before = b.block
-    with b.if_then(is_there):
-        added = b.fadd(y, _load(b, _load_word(b, address, 0), place, _FLOATS, 4))
-        inside = b.block
-    result = b.phi(_FLOATS)
-    result.add_incoming(y, before)
-    result.add_incoming(added, inside)
-    return result
 
 
 def _as_bits(b: ir.IRBuilder, flags: list[ir.Value]) -> ir.Value:

@@ -28,12 +28,12 @@ def float_splat(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return splat(b, b.load(b.inttoptr(address, FLOATS.element.as_pointer())), FLOATS)
 
 
-def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
-    """Bring what lies at an address, if anything does, into the cache, to be read soon."""
+def prefetch(b: ir.IRBuilder, address: ir.Value, *, to_write: bool = False) -> None:
+    """Bring what lies at an address, if anything does, into the cache, to be read soon, or written."""
     number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
     function = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-    to_read, into_all_levels, data = (ir.Constant(number, each) for each in (0, 3, 1))
+    kind, into_all_levels, data = (ir.Constant(number, each) for each in (int(to_write), 3, 1))
     b.call(
         cgutils.get_or_insert_function(b.module, function, "llvm.prefetch.p0i8"),
-        [b.inttoptr(address, pointer), to_read, into_all_levels, data],
+        [b.inttoptr(address, pointer), kind, into_all_levels, data],
     )
