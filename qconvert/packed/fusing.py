@@ -3,7 +3,7 @@
 import copy
 import operator
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate
 
 from torch import fx, nn
@@ -74,6 +74,8 @@ def _fuse_region(region: nn.Module, graph: fx.Graph, names: Counter[nn.Module], 
             _take_in_before(node, [ends[part] for part in parts], modules)
     for node, layer in ends.items():
         _hand_on(node, layer, ends, modules)
+    for node, layer in ends.items():
+        layer.channels_last = _is_only_added(_values(node, layer), ends)
     graph.lint()
 
 
@@ -162,3 +164,15 @@ def _hand_on(node: fx.Node, layer: PackedConv3d, by_node: dict[fx.Node, PackedCo
             values, bits = (node.graph.call_function(operator.getitem, (node, index)) for index in range(2))
         node.replace_all_uses_with(values, delete_user_cb=lambda user: user not in (values, bits))
         reader.update_arg(0, bits)
+
+
+def _values(node: fx.Node, layer: PackedConv3d) -> fx.Node:
+    """Return the node of a layer's floats, or of its bits where it puts out none."""
+    is_list = layer.has_values and layer.following is not None
+    return next(user for user in node.users if user.args == (node, 0)) if is_list else node
+
+
+def _is_only_added(values: fx.Node, by_node: Mapping[fx.Node, PackedConv3d]) -> bool:
+    """Whether packed layers add the floats, and nothing else reads them: quicker where channels lie side by side."""
+    readers = [user for user in values.users if user in by_node and user.args[0] is not values]
+    return len(readers) == len(values.users) > 0

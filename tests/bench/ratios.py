@@ -25,13 +25,19 @@ class Ratio:
     seconds: float
 
 
-def measure(contestants: dict[str, Callable[[], object]], rounds: int) -> list[Ratio]:
-    """Run every contestant once per round, after one round that does not count; the first one is the baseline."""
+def measure(contestants: dict[str, Callable[[], object]], rounds: int, *, warm: bool = False) -> list[Ratio]:
+    """Run every contestant once per round, after one round that does not count; the first one is the baseline.
+
+    Where it is ``warm``, each runs twice and only the second time counts, so that none pays for what another has left in the
+    caches: as a model that runs again and again, code and weights are at hand.
+    """
     for run in contestants.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in track(range(rounds), "rounds", transient=True):
         for name, run in contestants.items():
+            if warm:
+                run()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

@@ -92,6 +92,22 @@ def test_a_block_is_two_passes_and_hands_bits_on() -> None:
     assert packed.summary().difference < 1e-5
 
 
+def test_floats_that_are_only_added_come_in_the_format_that_is_quickest() -> None:
+    """Between packed layers channels lie side by side; what others read is in the format that the model itself has."""
+    model, x = converted(nn.Sequential(Block(), Block(), Block())), clip()
+    packed = pack(model)
+    formats: dict[str, bool] = {}
+    for name, module in packed.named_modules():
+        if name.endswith("conv2.0.fused"):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: formats.update(
+                    {name: (output[0] if isinstance(output, list) else output).is_contiguous()}
+                )
+            )
+    assert_same(packed, model, x)
+    assert formats == {"0.conv2.0.fused": False, "1.conv2.0.fused": False, "2.conv2.0.fused": True}
+
+
 def test_the_converted_model_is_as_it_was() -> None:
     model = converted(Block()).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
