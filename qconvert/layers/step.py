@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..quantizations.operators import Formula
 
+_WEIGHTS_PER_INPUT = 16
+"""So many times as large a weight may be as the input for the convolution to read bits. From there on it was as quick."""
+
 
 class Geometry(NamedTuple):
     """How the convolution moves over its input; ``border`` in the order of F.pad."""
@@ -27,8 +30,8 @@ class Geometry(NamedTuple):
 
     @property
     def is_even(self) -> bool:
-        """Whether the border is the same on both sides, as a convolution's own padding is."""
-        return self.left == self.border[::-2]
+        """Whether the border is the same on both sides, and none is cut off, as a convolution's own padding is."""
+        return self.left == self.border[::-2] and min(self.border) >= 0
 
     @property
     def is_filled(self) -> bool:
@@ -63,9 +66,10 @@ class Step:
     def convolves_bits(self) -> bool:
         """Whether the convolution reads the input's bits. In half precision their sums would not be exact.
 
-        Not where the weight is the larger tensor: what that takes of it costs more than a copy of the input with a border.
+        Not where the weight is much the larger tensor: what that takes of it costs more than an input with a border.
         """
-        is_worth_it = self.x.numel() > self.weight.numel() and self.dtype in {torch.float32, torch.float64}
+        is_worth_it = _WEIGHTS_PER_INPUT * self.x.numel() > self.weight.numel()
+        is_worth_it = is_worth_it and self.dtype in {torch.float32, torch.float64}
         return self.is_binary and self.geometry.is_even and is_worth_it
 
     @property

@@ -1,5 +1,6 @@
 """A step backward: a float convolution's two gradients, and what quantizers, threshold, scale and window make of them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,10 +27,19 @@ def convolution_backward(step: Step, grad_output: Tensor, *, of_codes: bool, of_
     geometry = step.geometry
     values, padding = (step.bits(torch.empty_like(step.x)), geometry.left) if step.convolves_bits else step.padded_codes()
     weight = step.quantized_weight()
-    tensors = (grad_output.to(step.dtype), values.to(step.dtype), step.scaled(weight).to(step.dtype), None)
-    moved = (geometry.stride, padding, geometry.dilation, False, (0, 0, 0), geometry.groups)
-    codes, quantized, _ = torch.ops.aten.convolution_backward(*tensors, *moved, (of_codes, of_weight, False))
-    if codes is not None and values.shape != step.x.shape:
+    of_output, given, scaled = (each.to(step.dtype) for each in (grad_output, values, step.scaled(weight)))
+
+    def gradients(given: Tensor, padding: Sequence[int], *wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+        moved = (geometry.stride, padding, geometry.dilation, False, (0, 0, 0), geometry.groups)
+        found = torch.ops.aten.convolution_backward(of_output, given, scaled, None, *moved, (*wanted, False))
+        return found[0], found[1]
+
+    if values.shape == step.x.shape or not geometry.is_even:
+        codes, quantized = gradients(given, padding, of_codes, of_weight)
+    else:  # that of the codes depends on no value of theirs: it is had without the border's
+        quantized = gradients(given, padding, False, True)[1] if of_weight else None
+        codes = gradients(given.new_empty(step.x.shape), geometry.left, True, False)[0] if of_codes else None
+    if codes is not None and codes.shape != step.x.shape:
         inner = [slice(left, left + size) for left, size in zip(geometry.left, step.x.shape[-3:], strict=True)]
         codes = codes[..., inner[0], inner[1], inner[2]]
     return Through(codes, quantized, values, weight)

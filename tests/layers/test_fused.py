@@ -110,6 +110,15 @@ def test_of_every_window(inputs: str, window: float | None):
     assert (window is None) or bool((one["input"] == 0).any())
 
 
+@pytest.mark.parametrize("size", [(1, CHANNELS, 1, 1, 2), (1, CHANNELS, 2, 3, 3), (2, CHANNELS, 5, 7, 6)], ids=str)
+@pytest.mark.parametrize("pad_value", [-1.0, 0.0])
+def test_of_weights_larger_and_smaller_than_the_input(size: tuple[int, ...], pad_value: float):
+    made = layer(pad_value=pad_value, **LEARNED)
+    one, parts = both(made, clip(*size))
+    for name, expected in parts.items():
+        assert torch.equal(one[name], expected), name
+
+
 def test_without_a_batch():
     one, parts = both(layer(**LEARNED), clip(CHANNELS, 3, 5, 4))
     for name, expected in parts.items():
