@@ -69,8 +69,8 @@ class Step:
         Not where the weight is much the larger tensor: what that takes of it costs more than an input with a border.
         """
         is_worth_it = _WEIGHTS_PER_INPUT * self.x.numel() > self.weight.numel()
-        is_worth_it = is_worth_it and self.dtype in {torch.float32, torch.float64}
-        return self.is_binary and self.geometry.is_even and is_worth_it
+        is_exact = self.dtype in {torch.float32, torch.float64}
+        return self.is_binary and self.geometry.is_even and is_worth_it and is_exact
 
     @property
     def spread_in_weight(self) -> Tensor | None:

@@ -7,6 +7,7 @@ whichever there is. Two ways to count, by processor: words where a vector of 64-
 """
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,17 +153,8 @@ def _counts(
     b.position_at_end(word_block)
     k, weight = b.phi(I64), b.phi(I64)
     counts = {each: b.phi(_COUNTS) for each in grid}
-    ctpop = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(_COUNTS, [_COUNTS]), f"llvm.ctpop.v{_COUNTS.count}i{_COUNTS.element.width}"
-    )
     offset = _load_word(b, b.add(word_offsets, b.shl(k, _number(3))), 0)
-    of_weights = [_load(b, weight, _VECTOR * v, _WORDS) for v in range(SHAPE.vectors)]
-    counted = {}
-    for p, place in enumerate(places):
-        word = splat(b, _load_word(b, b.add(place, offset), 0), _WORDS)
-        for v in range(SHAPE.vectors):
-            differing = b.bitcast(b.xor(word, of_weights[v]), _COUNTS)
-            counted[p, v] = b.add(counts[p, v], b.call(ctpop, [differing]))
+    counted = _with_word(b, counts, [b.add(place, offset) for place in places], weight)
     next_k, next_weight = b.add(k, _number(1)), b.add(weight, _number(_VECTOR * SHAPE.vectors))
     b.cbranch(b.icmp_signed("<", next_k, end), word_block, widen_block)
 
@@ -193,6 +185,22 @@ def _counts(
         phi.add_incoming(then, word_block)
     b.position_at_end(done)
     return [[widened[p, v] for v in range(SHAPE.vectors)] for p in range(SHAPE.positions)]
+
+
+def _with_word(
+    b: ir.IRBuilder, counts: Mapping[tuple[int, int], ir.Value], places: list[ir.Value], weight: ir.Value
+) -> dict[tuple[int, int], ir.Value]:
+    """Return the counts and, added to them, those of the bits in which a word of each position differs from the weight's."""
+    kind = ir.FunctionType(_COUNTS, [_COUNTS])
+    ctpop = cgutils.get_or_insert_function(b.module, kind, f"llvm.ctpop.v{_COUNTS.count}i{_COUNTS.element.width}")
+    of_weights = [_load(b, weight, _VECTOR * v, _WORDS) for v in range(SHAPE.vectors)]
+    counted = {}
+    for p, place in enumerate(places):
+        word = splat(b, _load_word(b, place, 0), _WORDS)
+        for v in range(SHAPE.vectors):
+            differing = b.bitcast(b.xor(word, of_weights[v]), _COUNTS)
+            counted[p, v] = b.add(counts[p, v], b.call(ctpop, [differing]))
+    return counted
 
 
 def _widened(b: ir.IRBuilder, counts: ir.Value) -> ir.Value:
