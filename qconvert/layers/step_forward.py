@@ -17,13 +17,13 @@ from .step import Step, column
 
 def output_of(step: Step, offset: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return a layer's output."""
+    factors = [each for each in (step.scale, offset, bias) if each is not None]
+    # under autocast what the convolution puts out is of fewer bits than its factor
+    dtype = torch.promote_types(step.dtype, factors[0].dtype) if factors else step.dtype
     output = _in_words(step, offset, bias) if step.is_binary else None
     if output is not None:
-        return output
-    output = _of_bits(step) if step.convolves_bits else _of_codes(step)
-    # under autocast what the convolution puts out is of fewer bits than its factor
-    factors = [each for each in (step.scale, offset, bias) if each is not None]
-    output = output.to(torch.promote_types(output.dtype, factors[0].dtype)) if factors else output
+        return output.to(dtype)
+    output = (_of_bits(step) if step.convolves_bits else _of_codes(step)).to(dtype)
     if step.scale is not None:
         output.mul_(column(step.scale))
     for summand in (offset, bias):
@@ -35,17 +35,18 @@ def output_of(step: Step, offset: Tensor | None, bias: Tensor | None) -> Tensor:
 def _in_words(step: Step, offset: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """Return the layer's output, computed from words of 64 bits; None where that cannot be, or is no quicker."""
     stride, border, _, dilation, groups = step.geometry
-    x = step.x if step.x.dim() == step.weight.dim() else step.x[None]
     moved = (stride, border, dilation, groups)
     given = (step.threshold, step.scale, offset, bias)
-    if any(each.dtype != torch.float32 for each in given if each is not None) or step.dtype != torch.float32:
+    is_float32 = all(each.dtype == torch.float32 for each in given if each is not None)
+    if not is_float32 or step.x.dtype not in {torch.float32, step.dtype}:  # under autocast an input of either is fine
         return None
+    x = (step.x if step.x.dim() == step.weight.dim() else step.x[None]).float()
     if not is_worth_it(x, step.weight, *moved):
         return None
     form = memory_format(channels_last=is_channels_last(step.x, step.weight))
     above = (step.source.comparison.becomes == 1, step.target.comparison.becomes == 1)  # type: ignore[union-attr]  # binary
     output = signs_conv3d(x, step.weight, *given, *moved, above=above, memory_format=form)
-    return output if x is step.x else output[0]
+    return output if step.x.dim() == step.weight.dim() else output[0]
 
 
 def _of_bits(step: Step) -> Tensor:

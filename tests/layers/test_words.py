@@ -211,6 +211,21 @@ def test_parameters_can_be_freed_and_filled_again_as_fsdp_does():
         parameter.untyped_storage().resize_(0)
 
 
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_cast", [False, True])
+@pytest.mark.parametrize("given", [(), ("scale",), tuple(LEARNED)], ids=str)
+def test_under_autocast_sums_are_exact(given, is_cast, autocast, in_floats):
+    layer, x = large(**dict.fromkeys(LEARNED) | {"bias": False} | {name: LEARNED[name] for name in given})
+    layer.weight.data.abs_()[::2, ::3].neg_()
+    x = x.add(1).to(autocast if is_cast else torch.float32)
+    expected = in_floats(layer, x.float())
+    assert expected.abs().max() > 256 * (1 if layer.scale is None else layer.scale.min())  # rounded in bfloat16
+    with torch.autocast("cpu", autocast):
+        output, rounded = layer(x), in_floats(layer, x)
+    assert output.dtype == rounded.dtype == (torch.float32 if given else autocast)
+    assert torch.equal(output, expected.to(output.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_do_not_run_in_words(dtype):
     layer, x = large()
