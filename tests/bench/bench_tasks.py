@@ -41,6 +41,7 @@ class Setup:
         signed: the selectors of a rule for those that read values below 0, None for none.
         others: rules that keep layers in float.
         around: the optional settings of a layer of 1-bit weights and inputs.
+        low_bit_recipe: changes to the task's recipe for 2 and 4 bits: nearer to float, they need smaller steps, and fewer.
     """
 
     selects: Mapping[str, Any]
@@ -48,6 +49,7 @@ class Setup:
     signed: Mapping[str, Any] | None = None
     others: tuple[Mapping[str, Any], ...] = ()
     around: Mapping[str, Any] = field(default_factory=dict)
+    low_bit_recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def rules(self, weight: Any, inputs: Any, signed_inputs: Any = None, **around: Any) -> dict[str, Any]:
         rules = [{**self.selects, "weight": weight, "input": inputs, **around}]
@@ -58,6 +60,9 @@ class Setup:
     def binary_rules(self, weight: Any = WEIGHT, inputs: Any = INPUT) -> dict[str, Any]:
         return self.rules(weight, inputs, **self.around)
 
+    def ablation_recipe(self, **changes: Any) -> dict[str, Any]:
+        return {"steps": self.ablation_steps, **changes}
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -65,19 +70,20 @@ class Configuration:
 
     Attributes:
         rules: the rules in a task's setup.
-        recipe: changes to the task's recipe.
+        recipe: changes to the task's recipe, in a task's setup.
         convert: what converts the model in the place of qconvert.
-        is_ablation: whether it is trained for as many steps as the ablation.
     """
 
     rules: Callable[[Setup], dict[str, Any]]
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Callable[[Setup], Mapping[str, Any]] = lambda _: {}
     convert: Callable[[nn.Module, Mapping[str, Any]], nn.Module] | None = None
-    is_ablation: bool = False
 
 
 def low_bit(bits: int) -> Configuration:
-    return Configuration(lambda setup: setup.rules(lsq(bits, signed=True), lsq(bits, signed=False), lsq(bits, signed=True)))
+    return Configuration(
+        lambda setup: setup.rules(lsq(bits, signed=True), lsq(bits, signed=False), lsq(bits, signed=True)),
+        lambda setup: setup.low_bit_recipe,
+    )
 
 
 def staged(setup: Setup) -> dict[str, Any]:
@@ -99,13 +105,13 @@ PRECISIONS = {
 }
 
 ABLATIONS = {
-    "all of it": Configuration(Setup.binary_rules, is_ablation=True),
-    "no threshold": Configuration(lambda setup: setup.binary_rules(inputs="approxsign"), is_ablation=True),
-    "no scale": Configuration(lambda setup: setup.binary_rules(weight="sign"), is_ablation=True),
+    "all of it": Configuration(Setup.binary_rules, Setup.ablation_recipe),
+    "no threshold": Configuration(lambda setup: setup.binary_rules(inputs="approxsign"), Setup.ablation_recipe),
+    "no scale": Configuration(lambda setup: setup.binary_rules(weight="sign"), Setup.ablation_recipe),
     "labels in the place of distillation": Configuration(
-        Setup.binary_rules, {"labels": 1.0, "logits": 0.0, "features": 0.0}, is_ablation=True
+        Setup.binary_rules, lambda setup: setup.ablation_recipe(labels=1.0, logits=0.0, features=0.0)
     ),
-    "staged: activations first": Configuration(staged, is_ablation=True),
+    "staged: activations first": Configuration(staged, Setup.ablation_recipe),
 }
 
 SETUPS = {
@@ -115,6 +121,7 @@ SETUPS = {
         ablation_steps=1000,
         others=({"role": "shortcut", "quantize": False, "reason": "shortcut: a float path"},),
         around={"shortcut": True, "rprelu": True},
+        low_bit_recipe={"steps": 4000, "lr": 1e-3, "latent_lr": 1.0},
     ),
 }
 
@@ -154,8 +161,7 @@ def result(chosen: Task, name: str, configuration: Configuration, seed: int) -> 
     if path.exists():
         return dict(json.loads(path.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
-    steps = SETUPS[chosen.name].ablation_steps if configuration.is_ablation else chosen.recipe.steps
-    recipe = replace(chosen.recipe, steps=steps, **configuration.recipe)
+    recipe = replace(chosen.recipe, **configuration.recipe(SETUPS[chosen.name]))
     teacher = float_model(chosen, seed)
     training = Training(chosen, student(chosen, teacher, configuration, recipe, seed), teacher, recipe, seed)
     checkpoint = folder / "checkpoint.pt"
