@@ -19,7 +19,7 @@ def is_worth_it(
     x: Tensor, weight: Tensor, stride: Sequence[int], border: Sequence[int], dilation: Sequence[int], groups: int
 ) -> bool:
     """Return whether `signs_conv3d` takes these tensors, and is quicker than a convolution of floats."""
-    if {x.device.type, weight.device.type} != {"cpu"} or {x.dtype, weight.dtype} != {torch.float32}:
+    if {x.device.type, weight.device.type} != {"cpu"} or weight.dtype != torch.float32:
         return False
     outputs, channels, *size = weight.shape
     if x.shape[1] != channels * groups or x.numel() == 0:

@@ -40,13 +40,13 @@ def _in_words(step: Step, offset: Tensor | None, bias: Tensor | None) -> Tensor 
     is_float32 = all(each.dtype == torch.float32 for each in given if each is not None)
     if not is_float32 or step.x.dtype not in {torch.float32, step.dtype}:  # under autocast an input of either is fine
         return None
-    x = (step.x if step.x.dim() == step.weight.dim() else step.x[None]).float()
+    x = step.x if step.x.dim() == step.weight.dim() else step.x[None]
     if not is_worth_it(x, step.weight, *moved):
         return None
     form = memory_format(channels_last=is_channels_last(step.x, step.weight))
     above = (step.source.comparison.becomes == 1, step.target.comparison.becomes == 1)  # type: ignore[union-attr]  # binary
-    output = signs_conv3d(x, step.weight, *given, *moved, above=above, memory_format=form)
-    return output if step.x.dim() == step.weight.dim() else output[0]
+    output = signs_conv3d(x.float(), step.weight, *given, *moved, above=above, memory_format=form)
+    return output if x is step.x else output[0]
 
 
 def _of_bits(step: Step) -> Tensor:

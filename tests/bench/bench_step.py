@@ -39,6 +39,18 @@ def main() -> int:
     )
 
 
+class Autocast(nn.Module):
+    """A model whose forward runs under autocast to bfloat16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> object:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
 def transnet() -> nn.Module:
     """Return TransNetV2 with its operations in place put out of place: its own forward cannot be trained."""
     float_rules = {"rule": [{"layers": "SDDCNN.0.DDCNN.0.Conv3D_1.layers.0", "weight": "identity", "input": "identity"}]}
@@ -47,11 +59,14 @@ def transnet() -> nn.Module:
 
 def compared(title: str, model: nn.Module, x: Tensor, bar: float) -> int:
     """Print what a step costs in each form of the model; return 1 if qconvert's misses the bar."""
+    converted = qconvert.binarize(model, "default", report=False)
     models = {
         "float": model,
-        "qconvert, default rules": qconvert.binarize(model, "default", report=False),
+        "qconvert, default rules": converted,
         "bitorch's layer by hand": by_hand(model, "default", bitorch_layer, input_quantization="approxsign"),
         "brevitas' layer by hand": by_hand(model, "default", brevitas_layer),
+        "float, bfloat16 autocast": Autocast(model),
+        "qconvert, default rules, bfloat16 autocast": Autocast(converted),
     }
     times = measure({name: step(each, x) for name, each in models.items()}, ROUNDS)
     kept = {name: kept_bytes(each, x) for name, each in models.items()}
