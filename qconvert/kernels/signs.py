@@ -18,7 +18,7 @@ _LEAST_SHARE = 0.25
 def is_worth_it(
     x: Tensor, weight: Tensor, stride: Sequence[int], border: Sequence[int], dilation: Sequence[int], groups: int
 ) -> bool:
-    """Return whether `signs_conv3d` takes these tensors, and is quicker than a convolution of floats."""
+    """Return whether `signs_conv3d` takes these tensors, the input as float32, and beats a convolution of floats."""
     if {x.device.type, weight.device.type} != {"cpu"} or weight.dtype != torch.float32:
         return False
     outputs, channels, *size = weight.shape
