@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from ..quantizations.operators import FORMULAS
-from .step import Geometry, Step
+from .step import Geometry, Step, output_dtype
 from .step_backward import convolution_backward, gradient_of_input, gradients_of_weight, per_channel_sum
 from .step_forward import output_of
 
@@ -75,8 +75,7 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     geometry = Geometry(*rest[-len(Geometry._fields) - 1 : -1])
     x, padding = (x, geometry.left) if geometry.is_even else (F.pad(x, geometry.border), (0, 0, 0))
     output = F.conv3d(x.to(dtype), weight.to(dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)
-    factors = [each for each in rest[2:_INPUTS] if each is not None]
-    return output.to(torch.promote_types(output.dtype, factors[0].dtype)) if factors else output
+    return output.to(output_dtype(dtype, *rest[2:_INPUTS]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

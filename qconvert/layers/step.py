@@ -108,6 +108,12 @@ class Step:
         return F.pad(codes, geometry.border, value=geometry.pad_value), (0, 0, 0)
 
 
+def output_dtype(convolved: torch.dtype, *per_channel: Tensor | None) -> torch.dtype:
+    """Return the dtype of a layer's output: under autocast its convolution's has fewer bits than scale, offset and bias."""
+    factors = [each for each in per_channel if each is not None]
+    return torch.promote_types(convolved, factors[0].dtype) if factors else convolved
+
+
 def column(values: Tensor) -> Tensor:
     """Return values per channel in the shape in which they meet (N, C, D, H, W)."""
     return values.view(-1, 1, 1, 1)

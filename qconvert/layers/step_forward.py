@@ -12,14 +12,12 @@ from torch import Tensor
 
 from ..kernels.formats import is_channels_last, memory_format
 from ..kernels.signs import is_worth_it, signs_conv3d
-from .step import Step, column
+from .step import Step, column, output_dtype
 
 
 def output_of(step: Step, offset: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return a layer's output."""
-    factors = [each for each in (step.scale, offset, bias) if each is not None]
-    # under autocast what the convolution puts out is of fewer bits than its factor
-    dtype = torch.promote_types(step.dtype, factors[0].dtype) if factors else step.dtype
+    dtype = output_dtype(step.dtype, step.scale, offset, bias)
     output = _in_words(step, offset, bias) if step.is_binary else None
     if output is not None:
         return output.to(dtype)

@@ -68,8 +68,8 @@ def layers() -> None:
         name = f"{inputs} -> {outputs} on {depth} x {side} x {side} / {stride}"
         reached = (1 / times[1].median, times[0].seconds / at_peak, "" if bar is None else bar)
         rows.append((name, *milliseconds, f"{at_peak / times[2].seconds:.0%}", *reached))
-    headers = ("layer", "float32 ms", "packed ms", "bits to floats ms", "share of the peak")
-    headers = (*headers, "x float32", "x, counting at the peak alone", "bar")
+    milliseconds_of = ("float32 ms", "packed ms", "bits to floats ms")
+    headers = ("layer", *milliseconds_of, "share of the peak", "x float32", "x, counting at the peak alone", "bar")
     print(tabulate(rows, headers, floatfmt=".3g"))
     print(f"peak: {peak / 1e9:.1f} G words of 64 bits a second and core\n")
 

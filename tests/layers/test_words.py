@@ -230,6 +230,8 @@ def test_under_autocast_sums_are_exact(given, is_cast, autocast, in_floats):
 def test_other_dtypes_do_not_run_in_words(dtype):
     layer, x = large()
     assert in_words(x, layer)
+    with pytest.raises(RuntimeError, match="should be the same"):  # torch's own error for a convolution
+        layer(x.to(dtype))
     assert not in_words(x.to(dtype), layer.to(dtype))
 
 
