@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ModelError
+from .errors import CONSTANT_MEASURED_BY, CONSTANT_MENDED_BY, ModelError
 from .observer import Observer, converted_layers, observe
 from .report.document import Document
 from .report.table import Cell, Measure, Table
@@ -19,8 +19,6 @@ LEGEND = (
     "Window: share of the inputs inside the gradient window. Gradient: norm of the latent weight's gradient / that of the "
     "float layer's. SNR: of the layer's output against the float model's."
 )
-
-MENDED_BY = 'Mend it in the rule that converts them: input = { quantizer = "...", threshold = "auto" }.'
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class Diagnosis(Document):
         """Return what the columns mean, which layers are dead, and what could not be measured."""
         notes = [LEGEND]
         if self.dead:
-            notes.append(f"Dead: {', '.join(self.dead)}. {MENDED_BY}")
+            notes.append(f"Dead: {', '.join(self.dead)}. {CONSTANT_MENDED_BY} {CONSTANT_MEASURED_BY}")
         idle = [layer.name for layer in self.layers if not layer.calls]
         if idle:
             notes.append(f"Not reached: {', '.join(idle)}.")

@@ -41,3 +41,7 @@ def first_line(error: BaseException) -> str:
 
 class ConstantInputWarning(UserWarning):
     """A converted layer's quantized input is the same everywhere: the layer learns nothing and passes nothing on."""
+
+
+CONSTANT_MENDED_BY = 'Mend it in the rule that converts them: input = { quantizer = "...", threshold = "auto" }.'
+CONSTANT_MEASURED_BY = "Where the rule has that, the graph tells where thresholds start: measure it, by calibration_data."

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .calibration import calibrate
-from .errors import ConstantInputWarning, ModelError
+from .errors import CONSTANT_MEASURED_BY, CONSTANT_MENDED_BY, ConstantInputWarning, ModelError
 from .example import example_input
 from .lazy import initialized, lazy_modules
 from .report import Report, compare
@@ -59,7 +59,7 @@ def binarize(
         InputError: if the model does not run on the example input or the calibration data.
 
     Warns:
-        ConstantInputWarning: naming the converted layers that would see a constant, and the rule key that mends them.
+        ConstantInputWarning: naming the converted layers that would see a constant, and what mends them.
     """
     loaded, plain = check_rules(rules), unwrapped(model)
     decided, traced = _planned(plain if inplace else _with_weights(plain, loaded, example_inputs), loaded)
@@ -82,7 +82,8 @@ def binarize(
         inputs |= calibration.inputs
     dead = constant_layers(converted, decided, inputs)
     if dead:
-        warnings.warn(_about_constants(dead, decided), ConstantInputWarning, stacklevel=2)
+        message = _about_constants(dead, decided, is_calibrated=calibration is not None)
+        warnings.warn(message, ConstantInputWarning, stacklevel=2)
     return converted
 
 
@@ -145,12 +146,17 @@ def _preview(model: nn.Module, decided: Plan, known: Mapping[str, Signal], examp
     return compare(model, rewrite(structural_copy(model), decided, known), inputs)
 
 
-def _about_constants(dead: list[str], decided: Plan) -> str:
+def _about_constants(dead: list[str], decided: Plan, *, is_calibrated: bool) -> str:
+    started = {each.site.name for each in decided.converted if isinstance(each.input.threshold, str)}
+    advice = [] if started.issuperset(dead) else [CONSTANT_MENDED_BY]
+    if not started.isdisjoint(dead):
+        advice.append(_CONSTANT_IN_DATA if is_calibrated else CONSTANT_MEASURED_BY)
     return (
         f"{len(dead)} of {len(decided.converted)} converted layers see a constant and learn nothing: {', '.join(dead)}. "
-        "Their input is never below the quantizer's threshold (sign(x >= 0) behind a ReLU is +1 everywhere). Mend it in the "
-        'rule that converts them: input = { quantizer = "...", threshold = "auto" }'
+        "Their input is on one side of the quantizer's threshold everywhere (sign(x >= 0) behind a ReLU is +1). "
+        f"{' '.join(advice)}"
     )
 
 
+_CONSTANT_IN_DATA = "Where the rule has that, their input is constant in calibration_data: pass more batches, or others."
 _CONVOLUTIONS = {f"Conv{transposed}{n}d" for transposed in ("", "Transpose") for n in (1, 2, 3)}

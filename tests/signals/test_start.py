@@ -298,10 +298,10 @@ def constants(model: nn.Module, x: Any) -> set[str]:
     return found
 
 
-def warned(model: nn.Module, rule: Any) -> tuple[nn.Module, list[str]]:
+def warned(model: nn.Module, rule: Any, data: Any = None) -> tuple[nn.Module, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        converted = qconvert.binarize(model, rule, report=False)
+        converted = qconvert.binarize(model, rule, calibration_data=data, report=False)
     return converted, [str(each.message) for each in caught if each.category is ConstantInputWarning]
 
 
@@ -355,6 +355,24 @@ def test_a_layer_is_named_where_more_than_half_of_its_channels_are_constant(rect
 
     _, messages = warned(nn.Sequential(nn.Conv3d(1, 8, 1, bias=False), Partly(), nn.Conv3d(8, 2, 1)).eval(), "bitorch")
     assert set().union(*map(named, messages)) == expected
+
+
+def test_the_warning_advises_what_the_rule_or_the_data_lack():
+    model = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Conv3d(2, 2, 1), nn.Conv3d(2, 2, 1)).eval()
+    nn.init.zeros_(model[1].weight)
+    nn.init.ones_(model[1].bias)
+    add_threshold, measure, other_data = 'threshold = "auto"', "by calibration_data", "constant in calibration_data"
+    both = {"extends": "bitorch", "rule": [{"layers": "3", "input": {"quantizer": "sign", "threshold": "auto"}}]}
+    clips = [torch.randn(2, 1, 2, 2, 2)]
+    for rule, data, dead, expected in (
+        ("bitorch", None, "2, 3", [add_threshold]),
+        (rules(layers="*"), None, "2, 3", [measure]),
+        (rules(layers="*"), clips, "2, 3", [other_data]),
+        (both, clips, "2, 3", [add_threshold, other_data]),
+    ):
+        _, (message,) = warned(model, rule, data)
+        assert f"learn nothing: {dead}. " in message
+        assert [each for each in (add_threshold, measure, other_data) if each in message] == expected
 
 
 def test_the_warning_is_an_error_where_that_is_asked_for():
