@@ -1,9 +1,10 @@
 """Calibration: one pass over the user's data sets what the graph alone can only estimate.
 
 Batch by batch the float model runs, and then the converted one. Layer after layer, in the order of the data, each converted
-layer's threshold moves to where it splits what the layer really reads, and its scale and offset to where its output has
-the mean and spread of the float layer's; the BatchNorms behind it see the output so corrected and collect their running
-statistics anew. What is kept is a few numbers per channel, however many batches there are.
+layer's threshold moves to where it splits what the layer really reads (an LSQ step to where the paper starts it), and its
+scale and offset to where its output has the mean and spread of the float layer's. The BatchNorms behind it see the output so
+corrected, and their running statistics move as far as the conversion has moved what they read; those of a network that was
+never trained are taken anew. What is kept is a few numbers per channel, however many batches there are.
 """
 
 from collections.abc import Iterable
@@ -18,38 +19,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .batches import numbered, run
 from .errors import InputError
 from .example import FORMS
-from .layers import QActivation, QConv3d
+from .layers import QConv3d
 from .layers.qconv3d import per_channel
+from .moments import Moments
 from .observer import make_float
 from .rules import Plan
-from .running_statistics import averaging, live_norms
+from .running_statistics import averaging, carried_over, live_norms
 from .signals import POINTS, Distribution, mixture
+from .signals.norms import is_untrained
 from .trace import copied
 
 _SAMPLE = 2**13
 """Values of a channel, evenly spread over a batch, that stand for all of them."""
 
 
-class Moments:
-    """Mean and standard deviation per channel of all that was added."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        self._squares: Tensor | float = 0.0  # sum of squared distances from the mean
-
-    def add(self, values: Tensor) -> None:
-        """Add values of shape (C, n) (Chan et al. 1979, parallel updating of moments)."""
-        count, mean = values.shape[1], values.mean(1)
-        total, distance = self.count + count, mean - self.mean
-        self._squares = self._squares + values.var(1, correction=0) * count + distance**2 * (self.count * count / total)
-        self.mean = self.mean + distance * (count / total)
-        self.count = total
-
-    @property
-    def std(self) -> Tensor:
-        """The standard deviation of each channel, shape (C,)."""
-        return torch.as_tensor(self._squares / max(self.count, 1)).sqrt()
+_LEARNED = ("activation.", "scale", "offset")
+"""How the keys of what is set in a layer begin."""
 
 
 @dataclass
@@ -71,7 +56,7 @@ class _Layer:
 
     def watch_quantized(self, layer: QConv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stand in for the quantized layer's ``_quantized_conv``: correct the layer, then run it."""
-        self._read(layer.activation, _channels(x, self.name))
+        self._read(layer, _channels(x, self.name))
         if layer.scale is None or layer.offset is None or not self.float_output.count:
             return type(layer)._quantized_conv(layer, x, weight, bias)
         layer.scale.copy_(torch.ones_like(layer.scale).copysign(layer.scale))  # below 0 where a standardized weight needs it
@@ -85,16 +70,17 @@ class _Layer:
         # bit for bit what the layer will put out: the next threshold is one of these values
         return per_channel(output, factor, layer.offset, bias)
 
-    def _read(self, activation: QActivation, values: Tensor) -> None:
+    def _read(self, layer: QConv3d, values: Tensor) -> None:
         self.parts.append((values.shape[1], _measured(values)))
         while len(self.parts) > 1 and self.parts[-2][0] < 2 * self.parts[-1][0]:
             self.parts[-2:] = [(sum(count for count, _ in self.parts[-2:]), _together(self.parts[-2:]))]
-        self.reads = _together(self.parts)
-        if activation.spread is None:
-            return  # no threshold, or one that the rules gave as a number
-        activation.spread.copy_(self.reads.spread)
-        if activation.threshold is not None:
-            activation.threshold.copy_(self.reads.split)
+        self.reads, activation = _together(self.parts), layer.activation
+        if activation.spread is not None:  # else no threshold, or one that the rules gave as a number
+            activation.spread.copy_(self.reads.spread)
+            if activation.threshold is not None:
+                activation.threshold.copy_(self.reads.split)
+        points = self.reads.points.T[:, :, None, None, None].to(layer.weight.device)
+        activation.activation_function.start_from_inputs(activation.normalized(points))
 
 
 def _channels(tensor: Tensor, layer: str) -> Tensor:
@@ -128,7 +114,7 @@ class Calibration:
     """What the data say about a converted model.
 
     Attributes:
-        state: thresholds, spreads, scales, offsets and running statistics, by state-dict key.
+        state: thresholds, spreads, steps of inputs, scales, offsets and running statistics, by state-dict key.
         inputs: what each converted layer reads, by its name. A layer that was not reached is not there.
     """
 
@@ -149,7 +135,7 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
     Raises:
         InputError: if these are no batches or there is none, or the model does not run on one.
     """
-    live = list(live_norms(converted).values())
+    live = live_norms(converted)
     original = copied(converted.eval())
     layers = {decision.site.name: _Layer(decision.site.name) for decision in plan.converted}
     for name, layer in layers.items():
@@ -159,12 +145,14 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
         # under the forward of a subclass, under the hooks of the user, and before shortcut and RPReLU
         vars(counterpart)["_quantized_conv"] = partial(layer.watch_float, counterpart)
         vars(quantized)["_quantized_conv"] = partial(layer.watch_quantized, quantized)
-    with averaging(live):
+    untrained = [norm for norm in live.values() if is_untrained(norm)]
+    trained = {name: norm for name, norm in live.items() if not is_untrained(norm)}
+    with averaging(untrained), carried_over(trained, original):
         for number, batch in numbered(batches, "calibration_data", "Calibrating"):
             for model in (original, converted):
                 run(model, batch, f"calibration batch {number}", _advice(batch))
     inputs = {name: layer.reads for name, layer in layers.items() if layer.reads is not None}
-    return Calibration(_state(converted, layers, live), inputs)
+    return Calibration(_state(converted, layers, list(live.values())), inputs)
 
 
 def _advice(batch: Any) -> str:
@@ -183,8 +171,8 @@ def _state(model: nn.Module, layers: Iterable[str], norms: list[_BatchNorm]) -> 
     changed: dict[str, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name in layers:
-            learned = {"activation.threshold", "activation.spread", "scale", "offset"}
-            changed |= {f"{name}.{key}": value for key, value in module.state_dict().items() if key in learned}
+            learned = {key: value for key, value in module.state_dict().items() if key.startswith(_LEARNED)}
+            changed |= {f"{name}.{key}": value for key, value in learned.items()}
         elif any(module is norm for norm in norms):
             changed |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
     return {key: value.detach().clone() for key, value in changed.items()}

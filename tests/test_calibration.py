@@ -48,6 +48,12 @@ def network() -> nn.Sequential:
     )
 
 
+def trained(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """Give the model's BatchNorms the statistics of batches, as in a training, and return it in eval mode."""
+    torch.optim.swa_utils.update_bn(batches, model)
+    return model.eval()
+
+
 def calibrated(model: nn.Module, data: Any, rules: Any = CHANNELS, **settings: Any) -> nn.Module:
     return convert(model, rules, calibration_data=data, **settings)
 
@@ -198,7 +204,7 @@ def test_auto_without_a_threshold_gets_a_spread_only():
     }
     model = nn.Sequential(nn.Conv3d(2, 4, 1), nn.BatchNorm3d(4), nn.Conv3d(4, 2, 1)).train()
     nn.init.constant_(model[1].weight, 2.0)
-    model[1].running_mean.fill_(0.01)  # trained
+    trained(model, [clips()])
     converted = calibrated(model.eval(), [clips()], rule)
     assert converted[2].activation.threshold is None
     assert np.allclose(converted[2].activation.spread, 2.0, rtol=0.06)
@@ -226,6 +232,27 @@ def test_layers_of_more_bits_are_corrected_too():
         assert np.allclose(got.std(1), wanted.std(1), rtol=1e-3), name
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("threshold", [None, "channel"])
+def test_lsq_inputs_start_where_the_paper_starts_them(signed: bool, threshold: str | None):
+    inputs = {"quantizer": "lsq", "bits": 3, "signed": signed, "threshold": threshold}
+    data = [10 * clips(), 10 * clips(seed=5)]
+    converted = calibrated(network().eval(), data, {"rule": [{"weight": "sign", "input": inputs}]})
+    layer = converted[0].activation
+    x = np.concatenate([channels(batch) for batch in data], 1)
+    if threshold == "channel":
+        x = (x - layer.threshold.detach().numpy()[:, None]) / layer.spread.numpy()[:, None]
+    expected = 2 * np.abs(x).mean() / np.sqrt(3 if signed else 7)
+    assert layer.activation_function.step.item() == pytest.approx(expected, rel=0.02)
+    assert layer.activation_function.step.requires_grad
+
+
+def test_lsq_inputs_that_are_all_0_start_as_without_data():
+    inputs = {"quantizer": "lsq", "bits": 3}
+    converted = calibrated(nn.Sequential(nn.Conv3d(2, 1, 1)), [0 * clips()], {"rule": [{"input": inputs}]})
+    assert converted[0].activation.activation_function.step.item() == pytest.approx(2 * np.sqrt(2 / np.pi / 3))
+
+
 def test_the_parameters_themselves_are_not_touched():
     model = network().eval()
     converted = calibrated(model, [clips()])
@@ -236,20 +263,54 @@ def test_the_parameters_themselves_are_not_touched():
 # --- BatchNorm ---
 
 
-def test_running_statistics_are_the_averages_over_all_batches():
+def test_a_new_batch_norm_gets_the_averages_over_all_batches():
     """Those of a model without anything before the BatchNorm that a batch changes: as torch.optim.swa_utils.update_bn."""
     model = nn.Sequential(nn.BatchNorm3d(2), nn.Conv3d(2, 4, 1))
-    model[0].running_mean.fill_(7)
-    model[0].num_batches_tracked.fill_(100)
     batches = [clips(n, mean, seed) for n, mean, seed in ((4, 0.0, 1), (4, 2.0, 2), (4, 5.0, 3))]
     norm = calibrated(model.eval(), batches)[0]
     means, variances = zip(*((channels(b).mean(1), channels(b).var(1, ddof=1)) for b in batches), strict=True)
     assert np.allclose(norm.running_mean, np.mean(means, 0), rtol=1e-4)
     assert np.allclose(norm.running_var, np.mean(variances, 0), rtol=1e-4)
-    twin = copy.deepcopy(model)
-    torch.optim.swa_utils.update_bn(batches, twin)
+    twin = trained(copy.deepcopy(model), batches)
     torch.testing.assert_close(norm.running_mean, twin[0].running_mean)
     torch.testing.assert_close(norm.running_var, twin[0].running_var)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+def test_a_trained_batch_norm_takes_back_what_the_conversion_does(batches: int, eps: float):
+    """Signs of weights that are all 0.5 or -0.5 double what a layer puts out: behind the norm nothing may have changed."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv, self.norm = nn.BatchNorm3d(2), nn.Conv3d(2, 4, 1), nn.BatchNorm3d(4, eps)
+
+        def forward(self, x):
+            return self.norm(input=self.conv(self.first(x)))
+
+    model, generator = Named(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.conv.weight.sign_().mul_(0.5)
+    trained(model, [clips(4, 3.0, 7)])
+    data = list(clips(6 * batches).split(6))
+    converted = calibrated(model, data, {"rule": [{"weight": "sign", "input": "identity"}]})
+    assert torch.equal(converted.first.running_mean, model.first.running_mean)
+    assert torch.allclose(converted.first.running_var, model.first.running_var, rtol=1e-5)
+    x = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(converted.norm.running_var, model.norm.running_var, rtol=0.5)
+
+
+def test_a_trained_batch_norm_of_a_constant_channel_moves_with_it():
+    model = nn.Sequential(nn.Conv3d(2, 2, 1), nn.BatchNorm3d(2))
+    trained(model, [clips()])
+    nn.init.zeros_(model[0].weight)  # of which the signs are +1
+    converted = calibrated(model, [clips(), clips(seed=5)], {"rule": [{"weight": "sign", "input": "identity"}]})
+    moved = converted[1].running_mean - model[1].running_mean
+    both = torch.cat([clips(), clips(seed=5)])
+    torch.testing.assert_close(moved, both.sum(1).mean().expand(2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(converted[1].running_var, model[1].running_var)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -338,10 +399,9 @@ def test_what_is_kept_does_not_grow_with_the_number_of_batches():
     from qconvert.calibration import _Layer  # noqa: PLC0415 (the one test of its inside)
 
     sizes = []
-    layer, activation = _Layer("layer"), nn.Module()
-    activation.spread = activation.threshold = None
+    layer, conv = _Layer("layer"), qconvert.QConv3d(1, 1, 1)
     for _ in range(300):
-        layer._read(activation, torch.randn(1, 100))
+        layer._read(conv, torch.randn(1, 100))
         sizes.append(len(layer.parts))
     assert max(sizes) <= 10
 

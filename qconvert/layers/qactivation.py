@@ -67,16 +67,20 @@ class QActivation(nn.Module):
 
     def forward(self, input_tensor: Tensor) -> Tensor:
         """Return the quantized input."""
-        x = input_tensor
+        x = self.normalized(input_tensor)
+        if self.window > 0:
+            x = gradient_window(x, self.window)
+        quantized: Tensor = self.activation_function(x)
+        return quantized
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Return u, what the quantizer is given for x."""
         if self.threshold is not None:
             x = x - self.threshold.view(-1, 1, 1, 1)
         if self.spread is not None:
             # FSDP's bfloat16 copies are of Parameters: a buffer stays float32, and must not make the input so
             x = (x / self.spread.view(-1, 1, 1, 1)).to(x.dtype)
-        if self.window > 0:
-            x = gradient_window(x, self.window)
-        quantized: Tensor = self.activation_function(x)
-        return quantized
+        return x
 
     @property
     def window(self) -> float:

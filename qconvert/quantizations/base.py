@@ -77,6 +77,9 @@ class Quantization(nn.Module):
     def start_from(self, weight: Tensor) -> None:
         """Set what the quantizer learns to its starting value for these weights. Nothing by default."""
 
+    def start_from_inputs(self, values: Tensor) -> None:
+        """Set what the quantizer learns to its starting value for inputs of which these are some. Nothing by default."""
+
     @torch.no_grad()
     def fitted_scale(self, weight: Tensor) -> Tensor:
         """Return the factor per output channel, shape (O,), that brings the quantized weight nearest to the weight.

@@ -60,9 +60,9 @@ class LSQ(Quantization):
 
     Esser et al. 2020, Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
 
-    The step starts at ``2 mean|x| / sqrt(p)`` of the weights; for inputs, which are not known when the layer is built, at
-    that formula's value for a standard normal, which is what a BatchNorm hands on. It is a Parameter of shape (1,), which
-    FSDP can shard.
+    The step starts at ``2 mean|x| / sqrt(p)`` of the weights, and of the inputs where calibration data tell them; without
+    data, at that formula's value for a standard normal, which is what a BatchNorm hands on. It is a Parameter of shape (1,),
+    which FSDP can shard.
 
     Args:
         bits: k, 2 to 16 (1 to 16 if unsigned).
@@ -93,7 +93,14 @@ class LSQ(Quantization):
         """Set the step to ``2 mean|weight| / sqrt(p)``; weights that are all 0 leave it as it is."""
         self._is_of_weights = True
         wide = torch.promote_types(weight.dtype, torch.float32)
-        mean_magnitude = torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel()  # without a copy of the weight
+        self._start_at(torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel())  # without a copy of the weight
+
+    @torch.no_grad()
+    def start_from_inputs(self, values: Tensor) -> None:
+        """Set the step to ``2 mean|x| / sqrt(p)`` of the values, of any shape; if all are 0 it stays as it is."""
+        self._start_at(values.float().abs().mean())
+
+    def _start_at(self, mean_magnitude: Tensor) -> None:
         step = 2 * mean_magnitude / math.sqrt(self.highest)
         self.step.copy_(torch.where(step > 0, step, self.step))
 
