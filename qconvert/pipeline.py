@@ -42,8 +42,9 @@ def binarize(
             of arguments, or a dict of keyword arguments. Default: the rules' ``[model] input_shape``; without one the
             report has no operations. Lazy modules get their weights from it, unless in place.
         calibration_data: batches of the form of ``example_inputs``: a list of them, a generator, or a DataLoader that yields
-            the inputs alone. One pass over them measures where thresholds, scales and offsets start (without data the graph
-            tells), and re-estimates the BatchNorm statistics of the converted model.
+            the inputs alone. One pass over them measures where thresholds, LSQ steps, scales and offsets start (without data
+            the graph tells), and moves the BatchNorm statistics as far as the conversion moves what they read. Statistics
+            that are still 0 and 1 are taken from the data.
         inplace: convert the model itself instead of a deep copy. Report and calibration run on copies all the same.
         report: print the before/after report.
 
