@@ -32,7 +32,6 @@ from .trace import copied
 _SAMPLE = 2**13
 """Values of a channel, evenly spread over a batch, that stand for all of them."""
 
-
 _LEARNED = ("activation.", "scale", "offset")
 """How the keys of what is set in a layer begin."""
 
@@ -145,8 +144,8 @@ def calibrate(converted: nn.Module, plan: Plan, batches: Iterable[Any]) -> Calib
         # under the forward of a subclass, under the hooks of the user, and before shortcut and RPReLU
         vars(counterpart)["_quantized_conv"] = partial(layer.watch_float, counterpart)
         vars(quantized)["_quantized_conv"] = partial(layer.watch_quantized, quantized)
-    untrained = [norm for norm in live.values() if is_untrained(norm)]
     trained = {name: norm for name, norm in live.items() if not is_untrained(norm)}
+    untrained = [norm for name, norm in live.items() if name not in trained]
     with averaging(untrained), carried_over(trained, original):
         for number, batch in numbered(batches, "calibration_data", "Calibrating"):
             for model in (original, converted):

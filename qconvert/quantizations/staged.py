@@ -48,11 +48,6 @@ class Staged(Quantization):
         for quantizer in self.quantizers:
             quantizer.start_from(weight)  # type: ignore[operator]
 
-    def start_from_inputs(self, values: Tensor) -> None:
-        """Set what each quantizer learns to its starting value for such inputs."""
-        for quantizer in self.quantizers:
-            quantizer.start_from_inputs(values)  # type: ignore[operator]
-
     def quantize(self, x: Tensor) -> Tensor:
         """Return ``x`` quantized by the one at work, or by the mix."""
         now: Tensor = self._at(self.now)(x)
