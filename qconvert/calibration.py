@@ -1,7 +1,7 @@
 """Calibration: one pass over the user's data sets what the graph alone can only estimate.
 
 Batch by batch the float model runs, and then the converted one. Layer after layer, in the order of the data, each converted
-layer's threshold moves to where it splits what the layer really reads (an LSQ step to where the paper starts it), and its
+layer's threshold moves to where it splits what the layer really reads (an LSQ step to where it changes that least), and its
 scale and offset to where its output has the mean and spread of the float layer's. The BatchNorms behind it see the output so
 corrected, and their running statistics move as far as the conversion has moved what they read; those of a network that was
 never trained are taken anew. What is kept is a few numbers per channel, however many batches there are.

@@ -14,6 +14,9 @@ from .operators import spell_out
 _SAMPLE_DIMS = 4
 """Of an input (N, C, D, H, W) or (C, D, H, W)."""
 
+_FACTORS = 2.0 ** (torch.arange(-8, 17, device="cpu") / 4)
+"""Steps that are tried for inputs, in units of what the formula for weights gives."""
+
 
 def _lsq(x: Tensor, step: Tensor, lowest: int, highest: int, is_weight: bool) -> Tensor:
     """Round ``x / step`` to the integers ``lowest .. highest`` and scale back. ``step`` is a 0-d tensor."""
@@ -60,9 +63,9 @@ class LSQ(Quantization):
 
     Esser et al. 2020, Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
 
-    The step starts at ``2 mean|x| / sqrt(p)`` of the weights, and of the inputs where calibration data tell them; without
-    data, at that formula's value for a standard normal, which is what a BatchNorm hands on. It is a Parameter of shape (1,),
-    which FSDP can shard.
+    The step starts at ``2 mean|x| / sqrt(p)`` of the weights. For inputs it starts where it changes calibration data least;
+    without data at that formula's value for a standard normal, which is what a BatchNorm hands on. It is a Parameter of
+    shape (1,), which FSDP can shard.
 
     Args:
         bits: k, 2 to 16 (1 to 16 if unsigned).
@@ -93,16 +96,23 @@ class LSQ(Quantization):
         """Set the step to ``2 mean|weight| / sqrt(p)``; weights that are all 0 leave it as it is."""
         self._is_of_weights = True
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self._start_at(torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel())  # without a copy of the weight
+        mean_magnitude = torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel()  # without a copy of the weight
+        step = 2 * mean_magnitude / math.sqrt(self.highest)
+        self.step.copy_(torch.where(step > 0, step, self.step))
 
     @torch.no_grad()
     def start_from_inputs(self, values: Tensor) -> None:
-        """Set the step to ``2 mean|x| / sqrt(p)`` of the values, of any shape; if all are 0 it stays as it is."""
-        self._start_at(values.float().abs().mean())
+        """Set the step to the one that changes the values, of any shape, least in the mean square.
 
-    def _start_at(self, mean_magnitude: Tensor) -> None:
-        step = 2 * mean_magnitude / math.sqrt(self.highest)
-        self.step.copy_(torch.where(step > 0, step, self.step))
+        The formula for weights would cut off too much of what a ReLU leaves, in which zeros make the mean small. If all
+        values are 0 the step stays as it is.
+        """
+        values = values.float()
+        steps = 2 * values.abs().mean() / math.sqrt(self.highest) * _FACTORS.to(values.device)
+        if not steps.any():
+            return
+        errors = [(_lsq(values, step, self.lowest, self.highest, False) - values).square().mean() for step in steps]
+        self.step.copy_(steps[torch.stack(errors).argmin()])
 
     def levels(self, quantized: Tensor) -> Levels:
         """Return the multiples of the step."""
