@@ -24,9 +24,8 @@ from .layers.qconv3d import per_channel
 from .moments import Moments
 from .observer import make_float
 from .rules import Plan
-from .running_statistics import averaging, carried_over, live_norms
+from .running_statistics import averaging, carried_over, is_untrained, live_norms
 from .signals import POINTS, Distribution, mixture
-from .signals.norms import is_untrained
 from .trace import copied
 
 _SAMPLE = 2**13

@@ -45,3 +45,4 @@ class ConstantInputWarning(UserWarning):
 
 CONSTANT_MENDED_BY = 'Mend it in the rule that converts them: input = { quantizer = "...", threshold = "auto" }.'
 CONSTANT_MEASURED_BY = "Where the rule has that, the graph tells where thresholds start: measure it, by calibration_data."
+CONSTANT_IN_DATA = "Where the rule has that, their input is constant in calibration_data: pass more batches, or others."

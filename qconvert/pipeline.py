@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .calibration import calibrate
-from .errors import CONSTANT_MEASURED_BY, CONSTANT_MENDED_BY, ConstantInputWarning, ModelError
+from .errors import CONSTANT_IN_DATA, CONSTANT_MEASURED_BY, CONSTANT_MENDED_BY, ConstantInputWarning, ModelError
 from .example import example_input
 from .lazy import initialized, lazy_modules
 from .report import Report, compare
@@ -151,7 +151,7 @@ def _about_constants(dead: list[str], decided: Plan, *, is_calibrated: bool) -> 
     started = {each.site.name for each in decided.converted if isinstance(each.input.threshold, str)}
     advice = [] if started.issuperset(dead) else [CONSTANT_MENDED_BY]
     if not started.isdisjoint(dead):
-        advice.append(_CONSTANT_IN_DATA if is_calibrated else CONSTANT_MEASURED_BY)
+        advice.append(CONSTANT_IN_DATA if is_calibrated else CONSTANT_MEASURED_BY)
     return (
         f"{len(dead)} of {len(decided.converted)} converted layers see a constant and learn nothing: {', '.join(dead)}. "
         "Their input is on one side of the quantizer's threshold everywhere (sign(x >= 0) behind a ReLU is +1). "
@@ -159,5 +159,4 @@ def _about_constants(dead: list[str], decided: Plan, *, is_calibrated: bool) -> 
     )
 
 
-_CONSTANT_IN_DATA = "Where the rule has that, their input is constant in calibration_data: pass more batches, or others."
 _CONVOLUTIONS = {f"Conv{transposed}{n}d" for transposed in ("", "Transpose") for n in (1, 2, 3)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from .moments import Moments
 
@@ -18,6 +18,15 @@ def live_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     return {name: norm for name, norm in norms.items() if norm.running_mean is not None and norm.training == model.training}
+
+
+def is_untrained(norm: nn.Module) -> bool:
+    """Whether the running statistics are what they start from, mean 0 and variance 1."""
+    if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None or norm.running_mean.is_meta:
+        return False
+    if isinstance(norm.running_mean, nn.UninitializedBuffer):
+        return False
+    return not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
 
 
 @contextmanager

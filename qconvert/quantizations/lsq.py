@@ -14,7 +14,7 @@ from .operators import spell_out
 _SAMPLE_DIMS = 4
 """Of an input (N, C, D, H, W) or (C, D, H, W)."""
 
-_FACTORS = 2.0 ** (torch.arange(-8, 17, device="cpu") / 4)
+_FACTORS = tuple(2 ** (quarter / 4) for quarter in range(-8, 17))
 """Steps that are tried for inputs, in units of what the formula for weights gives."""
 
 
@@ -108,9 +108,10 @@ class LSQ(Quantization):
         values are 0 the step stays as it is.
         """
         values = values.float()
-        steps = 2 * values.abs().mean() / math.sqrt(self.highest) * _FACTORS.to(values.device)
-        if not steps.any():
+        usual = 2 * values.abs().mean() / math.sqrt(self.highest)
+        if not usual:
             return
+        steps = torch.stack([usual * factor for factor in _FACTORS])
         errors = [(_lsq(values, step, self.lowest, self.highest, False) - values).square().mean() for step in steps]
         self.step.copy_(steps[torch.stack(errors).argmin()])
 

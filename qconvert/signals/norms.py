@@ -4,20 +4,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 
+from ..running_statistics import is_untrained
 from .distribution import UNKNOWN, Distribution
 from .operation import Operation, as_column
-
-
-def is_untrained(norm: nn.Module) -> bool:
-    """Whether the running statistics are what they start from, mean 0 and variance 1."""
-    if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None or norm.running_mean.is_meta:
-        return False
-    if isinstance(norm.running_mean, nn.UninitializedBuffer):
-        return False
-    return not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
 
 
 def channel_norm(operation: Operation) -> Distribution:

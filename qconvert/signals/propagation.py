@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 
 from ..functional import is_conv3d, owner_name
 from ..layers.computed import weights_at_rest
+from ..running_statistics import is_untrained
 from ..sites import FUNCTIONAL, Site
 from ..trace import Traced
 from .distribution import UNKNOWN, Distribution, mixture
 from .geometry import Size
-from .norms import is_untrained
 from .operation import Operation
 from .transfer import transfer
 

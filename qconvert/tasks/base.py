@@ -23,8 +23,6 @@ class Recipe:
         logits: factor of the distillation from the float model's answers, 0 for none.
         features: factor of the distillation from the outputs of the task's layers, 0 for none.
         warm_up: share of the steps in which the learning rates rise.
-        in_eval_mode: whether the model learns in eval mode, with the BatchNorm statistics that it has and without dropout:
-            where a batch is one clip of a network that was trained on many, its own statistics are another network.
     """
 
     steps: int
@@ -36,7 +34,6 @@ class Recipe:
     logits: float = 0.0
     features: float = 0.0
     warm_up: float = 0.05
-    in_eval_mode: bool = False
 
 
 class Task(Protocol):

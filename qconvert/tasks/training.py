@@ -24,10 +24,10 @@ _TIMES_MEASURED = 10
 
 
 def converted(task: Task, teacher: nn.Module, rules: RulesLike, seed: int, recipe: Recipe) -> nn.Module:
-    """Return the task's float model converted by the rules, calibrated on clips of its own, in the recipe's mode."""
+    """Return the task's float model converted by the rules, calibrated on clips of its own, in train()."""
     generator = torch.Generator().manual_seed(seed)
     clips = [task.batch(recipe.batch_size, generator)[0] for _ in range(CALIBRATION_BATCHES)]
-    return binarize(teacher, rules, calibration_data=clips, report=False).train(not recipe.in_eval_mode)
+    return binarize(teacher, rules, calibration_data=clips, report=False).train()
 
 
 class Training:

@@ -80,11 +80,10 @@ class Configuration:
 
 
 def low_bit(bits: int) -> Configuration:
+    signed, unsigned = lsq(bits, signed=True), lsq(bits, signed=False)
     return Configuration(
         # LSQ's own gradient is 0 outside the range of its codes: no second window
-        lambda setup: setup.rules(
-            *(lsq(bits, signed=True), lsq(bits, signed=False), lsq(bits, signed=True)), gradient_cancellation_threshold=0
-        ),
+        lambda setup: setup.rules(signed, unsigned, signed, gradient_cancellation_threshold=0),
         lambda setup: setup.low_bit_recipe,
     )
 
