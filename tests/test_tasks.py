@@ -4,11 +4,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from qconvert import InputError, ModelError, RuleError, binarize, pack
@@ -123,6 +124,21 @@ def test_the_seed_decides():
         made.run()
         losses.append(made.losses)
     assert losses[0] == losses[1] != losses[2]
+
+
+def statistics(made: Training) -> list[Tensor]:
+    return [value.clone() for name, value in made.student.named_buffers() if "running" in name]
+
+
+def test_a_recipe_says_when_statistics_stay_and_nothing_is_dropped_out():
+    made = training(recipe=replace(Brightness.recipe, frozen_after=0.5))
+    seen = [statistics(made)]
+    drops = []
+    made.run(advance=lambda _: (seen.append(statistics(made)), drops.append(made.student[8].training)))
+    stayed = [all(map(torch.equal, *pair)) for pair in pairwise(seen)]
+    assert stayed == [False] * 4 + [True] * 4
+    assert drops == [True] * 4 + [False] * 4
+    assert made.student.training
 
 
 def test_the_draws_of_others_are_not_disturbed():

@@ -14,8 +14,8 @@ from .operators import spell_out
 _SAMPLE_DIMS = 4
 """Of an input (N, C, D, H, W) or (C, D, H, W)."""
 
-_FACTORS = tuple(2 ** (quarter / 4) for quarter in range(-8, 17))
-"""Steps that are tried for inputs, in units of what the formula for weights gives."""
+_FACTORS = tuple(2 * 2 ** (quarter / 4) for quarter in range(-8, 17))
+"""Steps that are tried, in units of ``mean|x| / sqrt(p)``; the paper starts weights at 2."""
 
 
 def _lsq(x: Tensor, step: Tensor, lowest: int, highest: int, is_weight: bool) -> Tensor:
@@ -63,9 +63,9 @@ class LSQ(Quantization):
 
     Esser et al. 2020, Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
 
-    The step starts at ``2 mean|x| / sqrt(p)`` of the weights. For inputs it starts where it changes calibration data least;
-    without data at that formula's value for a standard normal, which is what a BatchNorm hands on. It is a Parameter of
-    shape (1,), which FSDP can shard.
+    The step starts where it changes the latent weights least in the mean square, and for inputs the calibration data. The
+    paper's ``2 mean|x| / sqrt(p)`` cuts off much of pretrained weights. Without data the step of inputs starts at that, of a
+    standard normal, which is what a BatchNorm hands on. It is a Parameter of shape (1,), which FSDP can shard.
 
     Args:
         bits: k, 2 to 16 (1 to 16 if unsigned).
@@ -93,27 +93,18 @@ class LSQ(Quantization):
 
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
-        """Set the step to ``2 mean|weight| / sqrt(p)``; weights that are all 0 leave it as it is."""
+        """Set the step to the one that changes the weight least in the mean square; a weight that is all 0 leaves it."""
         self._is_of_weights = True
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        mean_magnitude = torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel()  # without a copy of the weight
-        step = 2 * mean_magnitude / math.sqrt(self.highest)
-        self.step.copy_(torch.where(step > 0, step, self.step))
+        self.start_from_inputs(weight)
 
     @torch.no_grad()
     def start_from_inputs(self, values: Tensor) -> None:
-        """Set the step to the one that changes the values, of any shape, least in the mean square.
-
-        The formula for weights would cut off too much of what a ReLU leaves, in which zeros make the mean small. If all
-        values are 0 the step stays as it is.
-        """
-        values = values.float()
-        usual = 2 * values.abs().mean() / math.sqrt(self.highest)
-        if not usual:
-            return
-        steps = torch.stack([usual * factor for factor in _FACTORS])
+        """Set the step to the one that changes the values, of any shape, least in the mean square; all 0 they leave it."""
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        steps = values.abs().mean() * values.new_tensor(_FACTORS) / math.sqrt(self.highest)
         errors = [(_lsq(values, step, self.lowest, self.highest, False) - values).square().mean() for step in steps]
-        self.step.copy_(steps[torch.stack(errors).argmin()])
+        best = steps.index_select(0, torch.stack(errors).argmin().view(1))
+        self.step.copy_(torch.where(best > 0, best, self.step))
 
     def levels(self, quantized: Tensor) -> Levels:
         """Return the multiples of the step."""

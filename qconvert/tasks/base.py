@@ -23,6 +23,8 @@ class Recipe:
         logits: factor of the distillation from the float model's answers, 0 for none.
         features: factor of the distillation from the outputs of the task's layers, 0 for none.
         warm_up: share of the steps in which the learning rates rise.
+        frozen_after: share of the steps after which BatchNorm and dropout are in eval mode, for the rest to fit the
+            statistics that are there in use: those of a batch of one clip are far from them.
     """
 
     steps: int
@@ -34,6 +36,7 @@ class Recipe:
     logits: float = 0.0
     features: float = 0.0
     warm_up: float = 0.05
+    frozen_after: float = 1.0
 
 
 class Task(Protocol):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..errors import InputError, ModelError
@@ -24,10 +26,10 @@ _TIMES_MEASURED = 10
 
 
 def converted(task: Task, teacher: nn.Module, rules: RulesLike, seed: int, recipe: Recipe) -> nn.Module:
-    """Return the task's float model converted by the rules, calibrated on clips of its own, in train()."""
+    """Return the task's float model converted by the rules, calibrated on clips of its own."""
     generator = torch.Generator().manual_seed(seed)
     clips = [task.batch(recipe.batch_size, generator)[0] for _ in range(CALIBRATION_BATCHES)]
-    return binarize(teacher, rules, calibration_data=clips, report=False).train()
+    return binarize(teacher, rules, calibration_data=clips, report=False)
 
 
 class Training:
@@ -130,6 +132,7 @@ class Training:
 
     def _step(self, distillation: Distillation | None) -> float:
         clips, labels = self.task.batch(self.recipe.batch_size, self._generator)
+        self._set_modes()
         outputs = self.student(clips)
         losses: list[Tensor] = []
         if self.recipe.labels:
@@ -145,6 +148,12 @@ class Training:
         if self.schedule is not None:
             self.schedule.step()
         return loss.item()
+
+    def _set_modes(self) -> None:
+        is_frozen = len(self.losses) >= self.recipe.frozen_after * self.recipe.steps
+        for module in self.student.train().modules():
+            if isinstance(module, (_BatchNorm, _DropoutNd)):
+                module.train(not is_frozen)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint. The old file stays until the new one is whole.

@@ -95,7 +95,7 @@ def staged(setup: Setup) -> dict[str, Any]:
 
 
 def with_bitorch(model: nn.Module, rules: Mapping[str, Any]) -> nn.Module:
-    return by_hand(model, rules, bitorch_layer, input_quantization="sign").train()
+    return by_hand(model, rules, bitorch_layer, input_quantization="sign")
 
 
 PRECISIONS = {

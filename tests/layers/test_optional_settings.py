@@ -17,6 +17,7 @@ from torchvision.models.video.resnet import Conv3DSimple
 import qconvert
 from qconvert.errors import ModelError, QuantizerError
 from qconvert.layers import QConv3d, QConv3d_NoAct, RPReLU, standardized
+from qconvert.quantizations import LSQ
 
 BOTH = pytest.mark.parametrize("cls", [QConv3d, QConv3d_NoAct])
 ALL = {"standardize": True, "shortcut": True, "rprelu": True}
@@ -210,8 +211,9 @@ def test_the_scale_starts_at_the_fit_to_the_weight_itself(quantizer: str):
 def test_the_step_of_lsq_starts_at_the_standardized_weight():
     conv = nn.Conv3d(3, 4, 3)
     made = QConv3d.from_float(conv, weight_quantization="lsq", standardize=True)
-    expected = 2 * np.abs(standardized_by_hand(array(conv.weight))).mean() / np.sqrt(7)
-    assert made._weight_quantize.step.item() == pytest.approx(expected, rel=1e-5)
+    expected = LSQ()
+    expected.start_from(torch.from_numpy(standardized_by_hand(array(conv.weight))))
+    assert made._weight_quantize.step.item() == pytest.approx(expected.step.item(), rel=1e-5)
 
 
 def test_equal_negative_weights_get_a_negative_scale():

@@ -98,10 +98,20 @@ def test_a_batch_in_two_parts_gives_the_gradients_of_the_whole():
     assert whole.item() != 0
 
 
-def test_step_for_weights_starts_at_their_mean_magnitude():
-    quantizer, weight = LSQ(4), torch.randn(3, 2, 3, 3, 3, dtype=torch.float64)
-    quantizer.start_from(weight)
-    assert quantizer.step.item() == pytest.approx(2 * weight.abs().mean().item() / math.sqrt(7), rel=1e-6)
+@every_range
+@pytest.mark.parametrize("start", [LSQ.start_from, LSQ.start_from_inputs], ids=["weights", "inputs"])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_step_starts_where_it_changes_the_tensor_least(bits, signed, lowest, highest, start, scale):
+    x = scale * np.random.default_rng(0).laplace(size=(20, 5, 3, 3, 3))
+    x = x if signed else np.maximum(x, 0)
+    quantizer = LSQ(bits, signed).double()
+    start(quantizer, torch.from_numpy(x))
+
+    def change(step):
+        return np.square(oracle.lsq(x, step, lowest, highest) - x).mean()
+
+    every_step = np.abs(x).mean() / math.sqrt(highest) * np.geomspace(0.05, 50, 500)
+    assert change(quantizer.step.item()) <= 1.05 * min(map(change, every_step))
     assert quantizer.step.requires_grad
 
 
