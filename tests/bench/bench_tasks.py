@@ -117,7 +117,12 @@ ABLATIONS = {
 }
 
 SETUPS = {
-    "shots": Setup({"min_in_channels": 4}, ablation_steps=150, signed={"kernel_size": [3, 1, 1]}),
+    "shots": Setup(
+        {"min_in_channels": 4},
+        ablation_steps=150,
+        signed={"kernel_size": [3, 1, 1]},
+        low_bit_recipe={"steps": 150, "lr": 1e-4, "latent_lr": 1.0, "logits": 3.0, "frozen_after": 0.0},
+    ),
     "digits": Setup(
         {"layers": "blocks.*"},
         ablation_steps=1000,
