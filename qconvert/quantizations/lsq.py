@@ -14,8 +14,8 @@ from .operators import spell_out
 _SAMPLE_DIMS = 4
 """Of an input (N, C, D, H, W) or (C, D, H, W)."""
 
-_FACTORS = tuple(2 * 2 ** (quarter / 4) for quarter in range(-8, 17))
-"""Steps that are tried, in units of ``mean|x| / sqrt(p)``; the paper starts weights at 2."""
+_FACTORS = tuple(2 * 2 ** (quarter / 4) for quarter in range(-24, 17))
+"""Steps that are tried, in units of ``mean|x| / sqrt(p)``: 2 is the paper's start, 16 bits of a normal take 0.04."""
 
 
 def _lsq(x: Tensor, step: Tensor, lowest: int, highest: int, is_weight: bool) -> Tensor:
@@ -63,8 +63,8 @@ class LSQ(Quantization):
 
     Esser et al. 2020, Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
 
-    The step starts where it changes the latent weights least in the mean square, and for inputs the calibration data. The
-    paper's ``2 mean|x| / sqrt(p)`` cuts off much of pretrained weights. Without data the step of inputs starts at that, of a
+    The step starts where it changes the latent weights least in the mean square, and for inputs the calibration data; the
+    paper's ``2 mean|x| / sqrt(p)`` is coarser, for a normal. Without data the step of inputs starts at the paper's, of a
     standard normal, which is what a BatchNorm hands on. It is a Parameter of shape (1,), which FSDP can shard.
 
     Args:
@@ -95,11 +95,14 @@ class LSQ(Quantization):
     def start_from(self, weight: Tensor) -> None:
         """Set the step to the one that changes the weight least in the mean square; a weight that is all 0 leaves it."""
         self._is_of_weights = True
-        self.start_from_inputs(weight)
+        self._start_where_least_changes(weight)
 
     @torch.no_grad()
     def start_from_inputs(self, values: Tensor) -> None:
         """Set the step to the one that changes the values, of any shape, least in the mean square; all 0 they leave it."""
+        self._start_where_least_changes(values)
+
+    def _start_where_least_changes(self, values: Tensor) -> None:
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         steps = values.abs().mean() * values.new_tensor(_FACTORS) / math.sqrt(self.highest)
         errors = [(_lsq(values, step, self.lowest, self.highest, False) - values).square().mean() for step in steps]
